@@ -1,0 +1,405 @@
+"""What a user may ask for: the recipe, its defaults, and how a YAML file becomes one.
+
+Unknown keys are refused, and every complaint names the file, the line and the column.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from moecompress.errors import UserError
+
+_UNITS = {"B": 1} | {
+    f"{letter}{suffix}": base ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of ``"14GB"`` (decimal), ``"14GiB"`` (binary), ``"123B"`` or a plain number. UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()} | {"": 1}
+    if isinstance(size, bool) or match is None or match[2].lower() not in units:
+        raise UserError(
+            f"not a size: {size!r}",
+            expected="a number of bytes, or a number with " + ", ".join(_UNITS),
+            remedy='write for example "14GB" (14,000,000,000 bytes) or "14GiB" (14 * 2**30 bytes)',
+        )
+    number = round(Fraction(match[1]) * units[match[2].lower()])
+    if number <= 0:
+        raise UserError(f"a size must be at least one byte, got {size!r}")
+    return number
+
+
+def _size_value(value: object) -> object:
+    if value is None:
+        return None
+    try:
+        return parse_size(value)  # type: ignore[arg-type]
+    except UserError as error:
+        raise ValueError(str(error).replace("\n", ";")) from None
+
+
+def _no_bool(value: object) -> object:
+    # YAML reads "yes" and "on" as true, and pydantic reads true as 1.
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _width(value: int) -> int:
+    if value not in (4, 8, 16):
+        raise ValueError("should be 4, 8 or 16 bits")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Width = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_width)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: Any) -> Any:
+        # A section whose lines are all commented out reads as null.
+        return {} if value is None else value
+
+
+class TargetRecipe(_Section):
+    """How large the result may be: ``bits`` or ``size``, or neither (then the command line must say)."""
+
+    #: stored bits per routed-expert weight: codes, scales and padding counted, original weights in the denominator
+    bits: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=16)] | None = None
+    #: bytes of all weight files together, e.g. "14GB" or "14GiB"; after validation a number of bytes
+    size: Annotated[int | None, BeforeValidator(_size_value)] = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TargetRecipe:
+        if self.bits is not None and self.size is not None:
+            raise ValueError("give either bits or size, not both")
+        return self
+
+
+class CalibrationRecipe(_Section):
+    """The text that the statistics come from."""
+
+    #: "builtin", a .txt/.jsonl/.parquet file, a folder of them, or the id of a data set on the Hugging Face hub
+    text: Annotated[str, Field(min_length=1)] = "builtin"
+    #: calibration sequences, ``heldout`` included
+    sequences: Count = 128
+    #: tokens per sequence
+    length: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 512
+    #: how many of the sequences are kept out of the statistics, to compare plans on
+    heldout: Natural = 16
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def _some_left(self) -> CalibrationRecipe:
+        if self.heldout >= self.sequences:
+            raise ValueError(f"heldout ({self.heldout}) must be smaller than sequences ({self.sequences})")
+        return self
+
+
+class CandidateRecipe(_Section):
+    """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized and there are no groups."""
+
+    bits: Annotated[int, BeforeValidator(_no_bool)]
+    #: columns that share a scale; 0: the whole row
+    group: Annotated[int, BeforeValidator(_no_bool)] = 64
+    symmetric: bool = True
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, value: int) -> int:
+        if value not in (2, 3, 4, 8, 16):
+            raise ValueError("should be 2, 3, 4, 8 or 16")
+        return value
+
+    @field_validator("group")
+    @classmethod
+    def _known_group(cls, value: int) -> int:
+        if value not in (0, 32, 64, 128):
+            raise ValueError("should be 32, 64 or 128, or 0 for one scale per row")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_at_16(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("bits") in (16, "16"):
+            return {"group": 0} | value
+        return value
+
+    @model_validator(mode="after")
+    def _no_groups_at_16(self) -> CandidateRecipe:
+        if self.bits == 16 and (self.group != 0 or not self.symmetric):
+            raise ValueError("a 16-bit candidate has neither group nor symmetric")
+        return self
+
+
+_DEFAULT_CANDIDATES = (
+    CandidateRecipe(bits=2, group=64),
+    CandidateRecipe(bits=3, group=64),
+    CandidateRecipe(bits=4, group=64),
+    CandidateRecipe(bits=8, group=128),
+    CandidateRecipe(bits=16),
+)
+
+
+class AllocateRecipe(_Section):
+    """Which expert gets how many bits."""
+
+    #: global: one budget over all layers; pmq: MC-MoE's program, one budget per layer; uniform: the same for all
+    allocator: Literal["global", "pmq", "uniform"] = "global"
+    solver: Literal["lagrangian", "milp"] = "lagrangian"
+    #: what is decided together: every expert matrix alone, one projection of all experts of a layer, or a whole layer
+    granularity: Literal["expert", "projection", "layer"] = "expert"
+    candidates: Annotated[tuple[CandidateRecipe, ...], Field(min_length=1)] = _DEFAULT_CANDIDATES
+    #: the plan that the chosen one must beat on held-out text; if it does not, that one is used and the user is told
+    compare: Literal["uniform", "none"] = "uniform"
+    #: pmq: exponents of the token share, of the mean routing weight and of the block error (arXiv:2410.06270)
+    alpha: Number = 1.0
+    beta: Number = 1.5
+    gamma: Number = 1.0
+    #: pmq: total bits per 8 experts of a layer (16: two bits on average); null: from the target
+    layer_bits: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=128)] | None = None
+
+    @field_validator("candidates")
+    @classmethod
+    def _no_twins(cls, value: tuple[CandidateRecipe, ...]) -> tuple[CandidateRecipe, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("the same candidate is listed twice")
+        return value
+
+    @model_validator(mode="after")
+    def _pmq_moves_whole_experts(self) -> AllocateRecipe:
+        if self.allocator == "pmq" and self.granularity != "expert":
+            raise ValueError("allocator pmq decides per expert; leave out granularity")
+        return self
+
+
+class QuantizeRecipe(_Section):
+    """How codes are chosen, and what happens to the weights outside the routed experts."""
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    #: token weight in the Hessian: 1, the combine weight g, or its square (the squared error of the layer's output)
+    hessian: Literal["1", "g", "g2"] = "g2"
+    #: multiple of the mean diagonal added to the Hessian's diagonal
+    damping: Number = 0.01
+    order: Literal["activation", "natural"] = "activation"
+    #: coordinate-descent sweeps after the first pass
+    refine: Natural = 2
+    #: strength of the pull of an expert's Hessian towards its layer's, in units of the input width
+    shrink: Number = 1.0
+    #: quantize to nearest where calibration saw too few tokens, instead of stopping
+    allow_fallback: bool = False
+    attention_bits: Width = 8
+    #: shared experts
+    shared_bits: Width = 8
+    #: feed-forward blocks of layers without experts
+    dense_bits: Width = 8
+
+    @field_validator("hessian", mode="before")
+    @classmethod
+    def _one_as_text(cls, value: object) -> object:
+        return "1" if value == 1 and not isinstance(value, bool) else value
+
+
+class ComputeRecipe(_Section):
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    #: sequences that go through a layer together
+    micro_batch: Count = 4
+    seed: Natural = 0
+
+
+class Recipe(_Section):
+    name: Annotated[str, Field(min_length=1)] = "recipe"
+    target: TargetRecipe = TargetRecipe()
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    allocate: AllocateRecipe = AllocateRecipe()
+    quantize: QuantizeRecipe = QuantizeRecipe()
+    compute: ComputeRecipe = ComputeRecipe()
+
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON: equal for recipes that ask for the same, however they were written."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Every field, defaults included; ``load_recipe`` reads it back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# --- from YAML ------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe; ``overrides`` are ``"section.key=value"`` with the value in YAML.
+
+    Setting ``target.bits`` takes away a ``target.size`` that the file had, and the other way round.
+    Raises UserError with file:line:column for anything the file gets wrong, or naming the override.
+    """
+    path = Path(path)
+    text = _read(path)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path} is not a recipe", expected="YAML with keys such as " + _keys(Recipe),
+                            got="an empty file" if root is None else "something that is not a mapping")  # fmt: skip
+        _refuse_twice(root, path)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{_place(path, getattr(error, 'problem_mark', None))}: not valid YAML",
+                        got=getattr(error, "problem", None) or str(error)) from None  # fmt: skip
+    tree.setdefault("name", path.stem)
+    given: dict[tuple[str, ...], str] = {}
+    for override in overrides or []:
+        given[_apply(tree, override)] = override
+    return _validate(tree, lambda loc: _where(loc, given, root, path))
+
+
+def recipe_from(overrides: list[str] | None = None) -> Recipe:
+    """The default recipe with overrides, for commands started without a file."""
+    tree: dict[str, Any] = {}
+    given = {_apply(tree, override): override for override in overrides or []}
+    return _validate(tree, lambda loc: _where(loc, given, None, Path("recipe")))
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        raise UserError(f"no recipe at {path}", remedy=f"did you mean {path.parent / near[0]}?" if near else None)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a recipe", expected="YAML in UTF-8", got=str(error)) from None
+
+
+def _validate(tree: dict[str, Any], where: Any) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        complaints = [_complaint(item, where) for item in error.errors()]
+    raise UserError("\n".join(complaints))
+
+
+def _complaint(item: Any, where: Any) -> str:
+    loc = tuple(part for part in item["loc"])
+    name = ".".join(map(str, loc))
+    if item["type"] == "extra_forbidden":
+        return f"{where(loc)}: unknown key {name!r}; {_suggestion(loc)}"
+    said = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    said = said if item["type"] == "value_error" else f"should be {said}"
+    shown = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
+    if item["type"] == "model_type":
+        said = "should be a section with keys: " + _keys(_model_at(loc))
+    if item["type"] == "missing":
+        said, shown = "is missing", ""
+    return f"{where(loc)}: {name or 'recipe'}: {said}{shown}"
+
+
+def _suggestion(loc: tuple[Any, ...]) -> str:
+    model = _model_at(loc[:-1])
+    key = str(loc[-1])
+    near = difflib.get_close_matches(key, list(model.model_fields), 1, 0.6)
+    elsewhere = [f"{section}.{key}" for section, field in Recipe.model_fields.items()
+                 if key in getattr(field.annotation, "model_fields", {})]  # fmt: skip
+    if near or elsewhere:
+        prefix = ".".join(str(part) for part in loc[:-1])
+        best = elsewhere[0] if not near else f"{prefix}.{near[0]}" if prefix else near[0]
+        return f"did you mean {best!r}?"
+    return f"known here: {_keys(model)}"
+
+
+def _model_at(loc: tuple[Any, ...]) -> type[BaseModel]:
+    if not loc:
+        return Recipe
+    if "candidates" in loc:
+        return CandidateRecipe
+    annotation = Recipe.model_fields[str(loc[0])].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Recipe
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)
+
+
+def _apply(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+    name, equals, value = override.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise UserError(f"cannot read --set {override!r}", expected="section.key=value, for example target.bits=3")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML", got=getattr(error, "problem", None)) from None
+    node = tree
+    for depth, key in enumerate(keys[:-1]):
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {'.'.join(keys[: depth + 1])} has no keys of its own",
+                            remedy="set the whole value at once")  # fmt: skip
+    node[keys[-1]] = parsed
+    if keys[:-1] == ("target",) and parsed is not None:
+        node.pop({"bits": "size", "size": "bits"}.get(keys[-1], ""), None)
+    return keys
+
+
+def _where(loc: tuple[Any, ...], given: dict[tuple[str, ...], str], root: yaml.Node | None, path: Path) -> str:
+    names = tuple(map(str, loc))
+    for keys, override in reversed(given.items()):
+        if names[: len(keys)] == keys or (names and keys[: len(names)] == names):
+            return f"--set {override}"
+    node, mark = root, None if root is None else root.start_mark
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if pair is None:
+                break
+            mark, node = pair[0].start_mark, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            mark = node.start_mark
+    return _place(path, mark)
+
+
+def _place(path: Path, mark: Any) -> str:
+    return str(path) if mark is None else f"{path}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _refuse_twice(node: yaml.Node, path: Path) -> None:
+    """YAML keeps the last of two equal keys and says nothing."""
+    children = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise UserError(f"{_place(path, key.start_mark)}: key {key.value!r} appears twice")
+            seen.add(key.value)
+            children.append(value)
+    for child in children:
+        _refuse_twice(child, path)
