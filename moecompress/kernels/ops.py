@@ -1,0 +1,130 @@
+"""The two operations on packed banks, as torch operators: `grouped_matmul` and `dequantize`.
+
+On the CPU they run the compiled library where there is one (native.py), everywhere else plain torch (reference.py).
+They are registered as ``moecompress::grouped_matmul`` and ``moecompress::dequantize``, so torch.compile keeps them
+whole. No gradients.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moecompress.errors import UserError
+from moecompress.kernels import native, reference
+from moecompress.pack import int_format
+from moecompress.pack.int_format import IntBank
+from moecompress.progress import notice
+
+_library = torch.library.Library("moecompress", "DEF")
+_BANK = "Tensor codes, Tensor row_scales, Tensor? scales, Tensor? zeros, int bits, int group"
+_library.define(f"grouped_matmul(Tensor x, Tensor slots, {_BANK}) -> Tensor")
+_library.define(f"dequantize({_BANK}, int cols, ScalarType dtype, Tensor? index=None) -> Tensor")
+
+
+def grouped_matmul(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
+    """Row s of the result is matrix ``slots[s]`` of the bank times row s of ``x``; zeros where ``slots[s]`` is -1.
+
+    x (S, cols) float32, bfloat16 or float16; slots int32 (S,). -> (S, rows), x.dtype; sums in float32.
+    Raises UserError if a tensor does not fit the format, or a slot is outside -1 ... n - 1.
+    """
+    tensors = (bank.codes, bank.row_scales, bank.scales, bank.zeros)
+    return torch.ops.moecompress.grouped_matmul(x, slots, *tensors, bank.bits, bank.group)
+
+
+def dequantize(bank: IntBank, dtype: torch.dtype = torch.float32, index: Tensor | None = None) -> Tensor:
+    """Matrices (n, rows, cols) of the bank, or those that ``index`` (int64, any order) selects along n."""
+    tensors = (bank.codes, bank.row_scales, bank.scales, bank.zeros)
+    return torch.ops.moecompress.dequantize(*tensors, bank.bits, bank.group, bank.cols, dtype, index)
+
+
+def native_status() -> str:
+    """What runs on the CPU: "avx512", "avx2", "neon" or "scalar"; or "reference: <why>"."""
+    return native.status()
+
+
+@cache
+def _native_ready() -> bool:
+    status = native.status()
+    if not status.startswith("reference"):
+        return True
+    notice(f"no compiled kernels, packed experts run slowly ({status.removeprefix('reference: ')})")
+    return False
+
+
+def _operands(x: Tensor, slots: Tensor, bank: IntBank) -> None:
+    """Raise UserError unless x and slots fit the bank and each other; the range of the slots is not looked at."""
+    int_format.check(bank)
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise _refused("x", "float32, bfloat16 or float16 of shape (S, cols)", x)
+    if slots.dtype != torch.int32 or slots.shape != x.shape[:1]:
+        raise _refused("slots", f"int32 ({x.shape[0]},), one for each row of x", slots)
+    for name, tensor in (("x", x), ("slots", slots)):
+        if tensor.device != bank.codes.device:
+            raise UserError(f"{name} is on {tensor.device}, the bank on {bank.codes.device}")
+
+
+def _refused(name: str, expected: str, tensor: Tensor) -> UserError:
+    got = f"{tensor.dtype} {tuple(tensor.shape)}"
+    return UserError(f"grouped_matmul cannot use {name}", expected=expected, got=got)
+
+
+def _check_range(name: str, values: Tensor, lowest: int, count: int) -> None:
+    """Raise UserError unless every value is in lowest ... count - 1."""
+    if values.numel() and (int(values.min()) < lowest or int(values.max()) >= count):
+        raise UserError(
+            f"{name} points outside the bank of {count} matrices",
+            expected=f"{lowest} ... {count - 1}",
+            got=f"{int(values.min())} ... {int(values.max())}",
+        )
+
+
+def _grouped_matmul(
+    x: Tensor,
+    slots: Tensor,
+    codes: Tensor,
+    row_scales: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+) -> Tensor:
+    bank = IntBank(codes, row_scales, scales, zeros, bits, group, x.shape[-1])
+    _operands(x, slots, bank)
+    _check_range("slots", slots, -1, bank.count)
+    return reference.grouped_matmul(x, slots, codes, row_scales, scales, zeros, bits, group)
+
+
+def _dequantize(
+    codes: Tensor,
+    row_scales: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    group: int,
+    cols: int,
+    dtype: torch.dtype,
+    index: Tensor | None = None,
+) -> Tensor:
+    bank = IntBank(codes, row_scales, scales, zeros, bits, group, cols)
+    int_format.check(bank)
+    if index is not None:
+        _check_range("index", index, 0, bank.count)
+    return int_format.dequantize(bank, dtype, index)
+
+
+_library.impl("grouped_matmul", _grouped_matmul, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moecompress::grouped_matmul")
+def _grouped_matmul_shape(x, slots, codes, row_scales, scales, zeros, bits, group):
+    return x.new_empty(x.shape[0], codes.shape[1])
+
+
+@torch.library.register_fake("moecompress::dequantize")
+def _dequantize_shape(codes, row_scales, scales, zeros, bits, group, cols, dtype, index=None):
+    count = codes.shape[0] if index is None else index.shape[0]
+    return codes.new_empty(count, codes.shape[1], cols, dtype=dtype)
