@@ -1,0 +1,212 @@
+"""Walk a model layer by layer: the model's own forward, paused in front of every decoder layer.
+
+Each micro-batch runs `model.forward` as a coroutine (a greenlet). Whenever it reaches a decoder layer it stops and waits.
+The walk brings that layer's weights in, runs it for every waiting micro-batch as often as the caller wants, hands each one
+its result, and takes the weights out again. So one layer's weights are in memory at a time, while masks, position
+embeddings, hybrid layer types and everything between the layers stay the model's own business, for every family.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+from transformers import PreTrainedModel
+
+from moecompress.errors import UserError
+from moecompress.model.anatomy import Anatomy, dissect
+from moecompress.model.checkpoint import Checkpoint, read_entry, write_shard, write_text
+from moecompress.model.skeleton import Loader, build_skeleton, load_config, release
+
+
+class OpenModel:
+    """A checkpoint, its weightless skeleton and its anatomy: what every stage starts from."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False):
+        self.checkpoint = Checkpoint(folder)
+        config = load_config(folder, trust_remote_code)
+        self.stored_dtype = stored_dtype(config)
+        config.dtype = dtype
+        config.get_text_config().dtype = dtype
+        self.config = config
+        self.dtype = dtype
+        self.model = build_skeleton(config, trust_remote_code)
+        self.loader = Loader(self.model)
+        self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader)
+        self.layers: Sequence[nn.Module] = self.model.get_submodule(self.anatomy.stack)  # type: ignore[assignment]
+
+    def load_layer(self, layer: int) -> None:
+        """Bring the weights of one decoder layer in."""
+        self._load(tensor.name for tensor in self.anatomy.of_layer(layer))
+
+    def load_rest(self) -> None:
+        """Bring in everything outside the decoder layers: embeddings, final norm, head."""
+        self._load(t.name for t in self.anatomy.of_layer(None) if t.role != "not_in_model")
+        self.model.tie_weights()
+
+    def _load(self, names) -> None:
+        self.loader.load({name: self.checkpoint.read(name) for name in names})
+
+    def release_layer(self, layer: int) -> None:
+        release(self.layers[layer])
+
+
+def stored_dtype(config) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+@dataclass
+class _Waiting:
+    """A micro-batch in front of a layer."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class Walk:
+    """``with Walk(opened, batches) as walk: for layer in walk.layers(): ...`` (see `run` and `step`).
+
+    ``batches``: token ids, each [B, L], all sequences full (no padding), so no attention mask is needed.
+    """
+
+    def __init__(self, opened: OpenModel, batches: Sequence[torch.Tensor]):
+        self.opened = opened
+        self.model: PreTrainedModel = opened.model
+        self.batches = batches
+        self.waiting: list[_Waiting | None] = [None] * len(batches)
+        self.outputs: list[Any] = [None] * len(batches)
+        self._lanes: list[greenlet] = []
+        self.layer = -1
+
+    def __enter__(self) -> Walk:
+        self._hub = getcurrent()
+        for index, layer in enumerate(self.opened.layers):
+            layer.forward = self._pause(index)  # type: ignore[method-assign]
+        self.opened.load_rest()
+        try:
+            with torch.no_grad():
+                for lane in range(len(self.batches)):
+                    self._lanes.append(greenlet(self._forward))
+                    self._advance(lane, lane)
+        except BaseException:
+            self.__exit__()
+            raise
+        self._release_embeddings()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for lane in self._lanes:
+            if not lane.dead:
+                lane.throw(GreenletExit)
+        for layer in self.opened.layers:
+            layer.__dict__.pop("forward", None)
+
+    def layers(self, start: int = 0) -> Iterator[int]:
+        """Load layer after layer; the caller must `step` every micro-batch before the next one."""
+        for layer in range(start, len(self.opened.layers)):
+            self.layer = layer
+            self.opened.load_layer(layer)
+            if layer == len(self.opened.layers) - 1:
+                self.opened.load_rest()
+            yield layer
+            self.opened.release_layer(layer)
+
+    def run(self, lane: int) -> Any:
+        """The current layer's output for one micro-batch, with whatever weights it has now. Changes nothing."""
+        waiting = self.waiting[lane]
+        assert waiting is not None, "this micro-batch has passed the last layer"
+        layer = self.opened.layers[self.layer]
+        with torch.no_grad():
+            return type(layer).forward(layer, *waiting.args, **waiting.kwargs)
+
+    def step(self, lane: int, output: Any) -> None:
+        """Give a micro-batch its layer output and let the model carry it to the next layer (or to its end)."""
+        with torch.no_grad():
+            self._advance(lane, output)
+
+    def logits(self, lane: int, output: Any) -> torch.Tensor:
+        """Like `step` after the last layer; returns the logits [B, L, V] and forgets them."""
+        self.step(lane, output)
+        logits, self.outputs[lane] = self.outputs[lane].logits, None
+        return logits
+
+    def _forward(self, lane: int) -> Any:
+        return self.model(input_ids=self.batches[lane], use_cache=False)
+
+    def _pause(self, index: int) -> Callable:
+        def forward(*args, **kwargs):
+            return self._hub.switch(index, args, kwargs)
+
+        return forward
+
+    def _advance(self, lane: int, value: Any) -> None:
+        self.waiting[lane] = None
+        stop = self._lanes[lane].switch(value)
+        if self._lanes[lane].dead:
+            self.outputs[lane] = stop
+            return
+        index, args, kwargs = stop
+        if index != self.layer + 1:
+            raise UserError(f"{type(self.model).__name__} visits its layers out of order", expected=f"layer {self.layer + 1}",
+                            got=f"layer {index}", remedy="this architecture is not supported yet")  # fmt: skip
+        self.waiting[lane] = _Waiting(args, kwargs)
+
+    def _release_embeddings(self) -> None:
+        """The two big tables outside the layers are only needed at the ends of the walk."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            if module is not None:
+                release(module)
+
+    # --- resuming -----------------------------------------------------------------------------------------------
+
+    def resumable(self) -> bool:
+        """False if layers share more than hidden states (a cache or a dict that they write to)."""
+        plain = (torch.Tensor, bool, int, float, str, type(None), tuple)
+        return all(
+            isinstance(value, plain)
+            for waiting in self.waiting
+            if waiting is not None
+            for value in (*waiting.args, *waiting.kwargs.values())
+        )
+
+    def save(self, folder: Path, layer: int, outputs: Sequence[Any]) -> None:
+        """Keep the outputs of a finished layer, so that a killed run can start behind it."""
+        tensors, shapes = {}, []
+        for lane, output in enumerate(outputs):
+            parts = output if isinstance(output, tuple) else (output,)
+            shapes.append([isinstance(output, tuple), [part is not None for part in parts]])
+            tensors.update({f"{lane}.{i}": part.contiguous() for i, part in enumerate(parts) if part is not None})
+        write_shard(folder / f"hidden-{layer:04d}.safetensors", tensors)
+        write_text(folder / "walk.json", json.dumps({"layer": layer, "outputs": shapes}))
+        (folder / f"hidden-{layer - 1:04d}.safetensors").unlink(missing_ok=True)
+
+    def restore(self, folder: Path) -> int:
+        """Fast-forward behind the last saved layer; returns the next layer to do (0 if nothing is saved)."""
+        record = folder / "walk.json"
+        if not record.exists():
+            return 0
+        state = json.loads(record.read_text())
+        from moecompress.model.checkpoint import read_header
+
+        entries = read_header(folder / f"hidden-{state['layer']:04d}.safetensors")
+        for self.layer in range(state["layer"] + 1):
+            last = self.layer == state["layer"]
+            if last and self.layer == len(self.opened.layers) - 1:
+                self.opened.load_rest()
+            for lane, (is_tuple, present) in enumerate(state["outputs"]):
+                if last:
+                    parts = [read_entry(entries[f"{lane}.{i}"]) if there else None for i, there in enumerate(present)]
+                else:  # any value will do: the saved output of the last finished layer replaces it
+                    waiting = self.waiting[lane]
+                    assert waiting is not None
+                    hidden = waiting.args[0] if waiting.args else waiting.kwargs["hidden_states"]
+                    parts = [hidden if there else None for there in present]
+                self.step(lane, tuple(parts) if is_tuple else parts[0])
+        return state["layer"] + 1

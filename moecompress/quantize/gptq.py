@@ -1,0 +1,112 @@
+"""GPTQ over all experts of a layer at once, then coordinate descent and a least-squares refit of the scales.
+
+Rows are independent and experts share nothing but the loop: one pass over columns serves [E, o, i]. (arXiv:2210.17323;
+the descent is the cyclic one of QuantEase, arXiv:2309.01885; the refit solves for all group scales of a row under H.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moecompress.quantize.grid import Grid, nearest, store_scales
+
+BLOCK = 128  # columns between two full updates
+
+
+def rtn(weights: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes uint8 [E, o, i] by rounding to nearest."""
+    scale, zero = grid.by_column()
+    return nearest(weights, scale, zero, grid.bits).to(torch.uint8)
+
+
+def gptq(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes uint8 [E, o, i] of weights [E, o, i].
+
+    order: [E, i] the columns in the order of processing; upper: [E, i, i] Cholesky factor of the inverse Hessian in that
+    order (`hessian.factor`). Groups stay where they are (static groups), so the order costs no storage.
+    """
+    experts, rows, cols = weights.shape
+    spread = order[:, None, :].expand(-1, rows, -1)
+    scale, zero = (tensor.gather(-1, spread) for tensor in grid.by_column())
+    w = weights.gather(-1, spread)
+    codes = torch.empty_like(w)
+    for begin in range(0, cols, BLOCK):
+        end = min(begin + BLOCK, cols)
+        block, errors = w[..., begin:end], torch.empty(experts, rows, end - begin)
+        inner = upper[:, begin:end, begin:end]
+        for j in range(end - begin):
+            column = block[..., j]
+            s, z = scale[..., begin + j], zero[..., begin + j]
+            code = nearest(column, s, z, grid.bits)
+            error = (column - s * (code - z)) / inner[:, j, j, None]
+            codes[..., begin + j] = code
+            errors[..., j] = error
+            block[..., j + 1 :] -= error.unsqueeze(-1) * inner[:, None, j, j + 1 :]
+        w[..., end:] -= errors @ upper[:, begin:end, end:]
+    return torch.empty_like(codes).scatter_(-1, spread, codes).to(torch.uint8)
+
+
+def values(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Dequantized weights float32 [E, o, i]."""
+    scale, zero = grid.by_column()
+    return scale * (codes.float() - zero)
+
+
+def descend(weights: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """One sweep of coordinate descent on tr((W − Ŵ) H (W − Ŵ)ᵀ): each column moves to its best code given all others."""
+    cols = weights.shape[-1]
+    scale, zero = grid.by_column()
+    codes = codes.float()
+    error = weights - scale * (codes - zero)
+    pull = error @ hessian  # (E, o, i): minus half the gradient
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    for begin in range(0, cols, BLOCK):
+        end = min(begin + BLOCK, cols)
+        local, inner = pull[..., begin:end], hessian[:, begin:end, begin:end]
+        moved = torch.zeros_like(local)
+        for j in range(end - begin):
+            c, s, z = begin + j, scale[..., begin + j], zero[..., begin + j]
+            now = s * (codes[..., c] - z)
+            code = nearest(now + local[..., j] / diagonal[:, c, None], s, z, grid.bits)
+            delta = s * (code - codes[..., c])
+            codes[..., c] = code
+            moved[..., j] = delta
+            local -= delta.unsqueeze(-1) * inner[:, None, j]
+        if end < cols:
+            pull[..., end:] -= moved @ hessian[:, begin:end, end:]
+        if begin:
+            pull[..., :begin] -= moved @ hessian[:, begin:end, :begin]
+    return codes.to(torch.uint8)
+
+
+def refit(weights: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
+    """All group scales of a row by least squares under H, given the codes; rows that do not gain keep theirs."""
+    width, groups = grid.width, grid.scales().shape[-1]
+    _, zero = grid.by_column()
+    levels = codes.float() - zero
+    target = ((weights @ hessian) * levels).split(width, -1)
+    right = torch.stack([part.sum(-1) for part in target], -1)  # (E, o, G)
+    left = torch.empty(*right.shape, groups)  # (E, o, G, G)
+    for g, part in enumerate(levels.split(width, -1)):
+        reached = (part @ hessian[:, g * width : g * width + part.shape[-1]]) * levels  # (E, o, i)
+        left[..., g, :] = torch.stack([p.sum(-1) for p in reached.split(width, -1)], -1)
+    diagonal = left.diagonal(dim1=-2, dim2=-1)
+    left = left + torch.diag_embed(diagonal * 1e-4 + diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-30)
+    solved, failed = torch.linalg.solve_ex(left, right.unsqueeze(-1))
+    scale = solved.squeeze(-1)
+    usable = torch.isfinite(scale).all(-1, keepdim=True) & (scale > 0).all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
+    scale = torch.where(usable, scale, grid.scales())
+    row_scales, multipliers = store_scales(scale, grid.group)
+    trial = Grid(grid.bits, grid.group, row_scales, multipliers, grid.zeros, grid.cols)
+    better = row_errors(weights, hessian, values(codes, trial)) < row_errors(weights, hessian, values(codes, grid))
+    kept = torch.where(better, trial.row_scales, grid.row_scales)
+    if multipliers is not None:
+        assert grid.multipliers is not None
+        multipliers = torch.where(better.unsqueeze(-1), multipliers, grid.multipliers)
+    return Grid(grid.bits, grid.group, kept, multipliers, grid.zeros, grid.cols)
+
+
+def row_errors(weights: torch.Tensor, hessian: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """(w − ŵ) H (w − ŵ)ᵀ of every row: [E, o]."""
+    error = weights - quantized
+    return ((error @ hessian) * error).sum(-1)

@@ -1,0 +1,80 @@
+"""Turn a weightless model into one that computes on packed weights, and check the files it will be filled from."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moecompress.errors import UserError
+from moecompress.model.anatomy import rehearse
+from moecompress.model.checkpoint import read_header, sha256_file
+from moecompress.model.skeleton import Loader
+from moecompress.pack.scheme import Scheme
+from moecompress.runtime import seam
+from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
+from moecompress.runtime.registration import MoecompressConfig
+
+RECORDS = "moecompress"  # folder inside the checkpoint: manifest, plan, recipe
+
+
+def check_files(model: PreTrainedModel, files: list[Path], verify: bool) -> None:
+    """Every tensor that the (installed) model needs is there, in the right shape; with ``verify``, no byte changed."""
+    if not files:
+        return
+    if verify:
+        verify_files(files[0].parent)
+    entries = {name: entry for file in files for name, entry in read_header(file).items()}
+    rehearse(entries, model, Loader(model))
+
+
+def install(model: nn.Module, config: MoecompressConfig) -> None:
+    """Replace experts and linear layers of a (weightless) model by packed ones, and switch the experts seam on."""
+    dtype = getattr(torch, config.dtype)
+    for name, contents in config.experts.items():
+        module = _get(model, name)
+        pack_experts_in_place(module, contents, dtype)
+        module.config._experts_implementation = seam.NAME
+    for scheme, names in config.linears.items():
+        for name in names:
+            old = _get(model, name)
+            new = PackedLinear(Scheme.parse(scheme), old.out_features, old.in_features, old.bias is not None, dtype)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+
+
+def _get(model: nn.Module, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise UserError(f"config.json names a packed module {name} that the model does not have",
+                        remedy="config.json was changed or belongs to another model: copy the folder again") from None  # fmt: skip
+
+
+def verify_files(folder: Path) -> None:
+    """Compare every file that the manifest lists with its sha256. A folder without a manifest (saved again) passes."""
+    path = folder / RECORDS / "manifest.json"
+    if not path.exists():
+        return
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is damaged", remedy="copy or compress the folder again") from None
+    for name in listed:
+        if not (folder / name).exists():
+            raise UserError(f"File {name} is missing from {folder}", expected="every file of the manifest",
+                            remedy="copy or compress the folder again")  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(listed, pool.map(lambda name: sha256_file(folder / name), listed), strict=True))
+    for name, digest in found.items():
+        if digest != listed[name]:
+            raise UserError(f"File {name} of {folder} is corrupt", expected=f"sha256 {listed[name][:16]}…",
+                            got=f"{digest[:16]}…", remedy="copy or compress the folder again")  # fmt: skip
+
+
+seam.register()

@@ -1,0 +1,181 @@
+"""Modules that compute on packed weights: a bank of matrices, the experts of a layer, a single linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moecompress.kernels import grouped_matmul
+from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
+from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
+from moecompress.pack.scheme import Scheme
+
+
+class PackedBank(nn.Module):
+    """n matrices (rows × cols) of one scheme. Buffers are exactly the tensors of SPEC.md section 1."""
+
+    def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype):
+        super().__init__()
+        self.scheme, self.rows, self.cols = scheme, rows, cols
+        for name, (kind, shape) in bank_tensors(scheme, count, rows, cols, dtype).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind))
+
+    def bank(self) -> IntBank:
+        return IntBank(self.codes, self.row_scales, getattr(self, "scales", None), getattr(self, "zeros", None),
+                       self.scheme.bits, self.scheme.group, self.cols)  # fmt: skip
+
+    def dequantized(self, dtype: torch.dtype, index: torch.Tensor | None = None) -> torch.Tensor:
+        """[n, rows, cols]"""
+        if self.scheme.bits == 16:
+            return (self.weight if index is None else self.weight[index]).to(dtype)
+        return dequantize(self.bank(), dtype, index)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """x [S, cols], slots [S] (which matrix, −1 for none) -> [S, rows], zero rows for −1."""
+        if self.scheme.bits == 16:
+            return grouped_dense(x, slots, self.weight)
+        return grouped_matmul(x, slots, self.bank())
+
+
+@torch.library.custom_op("moecompress::grouped_dense", mutates_args=())
+def grouped_dense(x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same for matrices kept at 16 bits: x [S, cols], slots [S], weight [n, rows, cols] -> [S, rows]."""
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for slot in slots.unique().tolist():
+        if slot >= 0:
+            rows = (slots == slot).nonzero().squeeze(1)
+            y[rows] = x[rows] @ weight[slot].to(x.dtype).T
+    return y
+
+
+@grouped_dense.register_fake
+def _(x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype
+                 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:  # fmt: skip
+    """Names, dtypes and shapes of a bank's tensors."""
+    if scheme.bits == 16:
+        return {"weight": (dtype, (count, rows, cols))}
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "codes": (torch.uint8, (count, rows, row_bytes(cols, scheme.bits))),
+        "row_scales": (torch.bfloat16, (count, rows)),
+    }
+    if scheme.group:
+        tensors["scales"] = (torch.uint8, (count, rows, groups(cols, scheme.group)))
+    if not scheme.symmetric:
+        tensors["zeros"] = (torch.uint8, (count, rows, zero_bytes(cols, scheme.bits, scheme.group)))
+    return tensors
+
+
+class PackedExperts(nn.Module):
+    """The routed experts of one layer: for each projection, one bank a scheme and the list of experts in it.
+
+    ``contents``: projection -> scheme name -> number of experts. Which experts is data: the buffer ``<bank>.experts``.
+    """
+
+    def __init__(self, layout: ExpertsLayout, contents: dict[str, dict[str, int]], dtype: torch.dtype):
+        super().__init__()
+        self.layout = layout
+        self.contents = contents
+        for projection, schemes in contents.items():
+            rows, cols = layout.shape(projection)
+            banks = nn.ModuleDict()
+            for name, count in schemes.items():
+                bank = PackedBank(Scheme.parse(name), count, rows, cols, dtype)
+                bank.register_buffer("experts", torch.empty(count, dtype=torch.int32))
+                banks[name] = bank
+            self.add_module(f"{projection}_banks", banks)
+        self._slots: dict[str, torch.Tensor] = {}
+
+    def banks(self, projection: str) -> nn.ModuleDict:
+        return self.get_submodule(f"{projection}_banks")  # type: ignore[return-value]
+
+    def slot_table(self, projection: str, name: str, device: torch.device) -> torch.Tensor:
+        """int32 [E + 1]: where in the bank an expert is, −1 if elsewhere; the last entry serves routing sentinels."""
+        key = f"{projection}/{name}"
+        if key not in self._slots or self._slots[key].device != device:
+            experts = self.banks(projection)[name].experts.long()
+            table = torch.full((self.layout.experts + 1,), -1, dtype=torch.int32, device=device)
+            table[experts] = torch.arange(len(experts), dtype=torch.int32, device=device)
+            self._slots[key] = table
+        return self._slots[key]
+
+    def project(self, projection: str, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        """x [S, in], expert [S] -> [S, out], each row by its expert's matrix."""
+        total = None
+        for name, bank in self.banks(projection).items():
+            part = bank.matmul(x, self.slot_table(projection, name, x.device)[expert])
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def dequantized(self, projection: str, dtype: torch.dtype) -> torch.Tensor:
+        """[E, out, in]"""
+        rows, cols = self.layout.shape(projection)
+        weights = torch.empty(self.layout.experts, rows, cols, dtype=dtype)
+        for bank in self.banks(projection).values():
+            weights[bank.experts.long()] = bank.dequantized(dtype)
+        return weights
+
+    def forward_for(self, module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+                    ) -> torch.Tensor:  # fmt: skip
+        """What the experts module computes: hidden [T, d], chosen [T, k], weights [T, k] -> [T, d].
+
+        ``module`` is the family's own experts module: its activation, biases and norms are used as they are.
+        """
+        tokens, top_k = chosen.shape
+        expert = chosen.reshape(-1).clamp(max=self.layout.experts)
+        x = hidden.repeat_interleave(top_k, dim=0)
+        gate = self.project(GATE, x, expert) if self.layout.gated else None
+        known = expert.clamp(max=self.layout.experts - 1)  # sentinels have weight zero; any bias will do
+        inner = activate(module, self.layout, gate, self.project(UP, x, expert), known)
+        y = self.project(DOWN, inner.to(x.dtype), expert)
+        if getattr(module, "has_bias", False):
+            y = y + module.down_proj_bias[known].to(y.dtype)
+        if getattr(module, "has_post_expert_norm", False):
+            y = module.post_expert_norm(y)
+        y = y * weights.reshape(-1, 1)
+        return y.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on packed weights; keeps the bias of the layer it replaces."""
+
+    def __init__(self, scheme: Scheme, rows: int, cols: int, bias: bool, dtype: torch.dtype):
+        super().__init__()
+        self.in_features, self.out_features = cols, rows
+        self.packed = PackedBank(scheme, 1, rows, cols, dtype)
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features)
+        y = self.packed.matmul(flat, torch.zeros(len(flat), dtype=torch.int32, device=x.device))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dequantized, for code that looks at it (never stored)."""
+        dtype = self.bias.dtype if self.bias is not None else torch.get_default_dtype()
+        return self.packed.dequantized(dtype)[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.packed.scheme.name}"
+
+
+def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]], dtype: torch.dtype) -> PackedExperts:
+    """Turn an experts module into a packed one: its weight parameters go, banks come, everything else stays.
+
+    The guard: a buffer under the name of a weight parameter, with a shape that cannot match. A transformers without
+    moecompress finds it in the checkpoint and refuses to load, instead of filling the experts with random numbers.
+    """
+    layout = layout_of(module)
+    packed = PackedExperts(layout, contents, dtype)
+    for name in layout.parameters:
+        del module._parameters[name]
+    module.register_buffer("down_proj", torch.empty(1, dtype=torch.uint8))
+    module.packed = packed
+    return packed

@@ -1,0 +1,76 @@
+"""What transformers finds under quant_method "moecompress": a config and a quantizer. Light on purpose, since it is
+imported while transformers itself is being imported; the work is in runtime/loading.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moecompress.errors import UserError
+
+METHOD = "moecompress"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class MoecompressConfig(QuantizationConfigMixin):
+    """What config.json says of a compressed checkpoint.
+
+    experts: experts module -> projection -> scheme -> how many experts. linears: scheme -> names of linear layers.
+    dtype: name of the dtype of what is kept. verify: compare every file with its sha256 in the manifest when loading.
+    """
+
+    def __init__(self, experts: dict | None = None, linears: dict | None = None, dtype: str = "bfloat16",
+                 version: int = FORMAT_VERSION, verify: bool = True, **_: Any):  # fmt: skip
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.dtype = dtype
+        self.experts = experts or {}
+        self.linears = linears or {}
+        self.verify = verify
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        return {"verify": self.verify}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "version": self.version, "dtype": self.dtype, "experts": self.experts,
+                "linears": self.linears}  # fmt: skip
+
+
+@register_quantizer(METHOD)
+class MoecompressQuantizer(HfQuantizer):
+    requires_calibration = True
+    quantization_config: MoecompressConfig
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        if self.quantization_config.version != FORMAT_VERSION:
+            raise UserError("This folder has another format version", expected=FORMAT_VERSION,
+                            got=self.quantization_config.version, remedy="use the moecompress that wrote it")  # fmt: skip
+
+    def _process_model_before_weight_loading(self, model, **kwargs) -> None:
+        from moecompress.runtime import loading
+
+        loading.install(model, self.quantization_config)
+        loading.check_files(model, [Path(file) for file in kwargs.get("checkpoint_files") or []],
+                            self.quantization_config.verify)  # fmt: skip
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.device.type == "meta":
+                raise UserError(f"Tensor {name} was not loaded", remedy="copy or compress the folder again")
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
