@@ -35,7 +35,7 @@ _UNITS = {"B": 1} | {
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of ``"14GB"`` (decimal), ``"14GiB"`` (binary), ``"123B"`` or a plain number. UserError for anything else."""
+    """Bytes of ``"14GB"`` (decimal), ``"14GiB"`` (binary), ``"123B"`` or a plain number. UserError for the rest."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     units = {unit.lower(): factor for unit, factor in _UNITS.items()} | {"": 1}
     if isinstance(size, bool) or match is None or match[2].lower() not in units:
