@@ -33,7 +33,7 @@ from moecompress.errors import UserError
 Variant = Literal["paper", "code"]
 
 #: columns of the dynamic program above which bytes are counted in coarser steps, rounded up
-_MOST_STEPS = 100_000
+_MOST_STEPS = 30_000
 
 
 @dataclass(frozen=True)
