@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moecompress.allocate.candidates import Candidate
+from moecompress.errors import UserError
+from moecompress.recipe import Recipe, load_recipe, parse_size, recipe_from
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("14GB", 14 * 10**9),
+        ("14GiB", 14 * 2**30),
+        ("1.5 gib", 3 * 2**29),
+        ("0.1GB", 10**8),
+        ("7B", 7),
+        ("12", 12),
+        (12, 12),
+        ("2TB", 2 * 10**12),
+        ("3MiB", 3 * 2**20),
+    ],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["14G", "big", "-3GB", "", "0", "1.2.3GB", True, "nan"])
+def test_what_is_not_a_size(text: object) -> None:
+    with pytest.raises(UserError):
+        parse_size(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    again = load_recipe(written(tmp_path, recipe.to_yaml()))
+    assert again == recipe and again.fingerprint() == recipe.fingerprint()
+    for candidate in recipe.allocate.candidates:
+        spec = Candidate(candidate.bits, candidate.group, candidate.symmetric)
+        assert Candidate.parse(spec.name) == spec
+    header = path.read_text(encoding="utf-8").split("name:")[0]
+    assert all(f"# {word}:" in header for word in ("command", "hardware", "size", "divergence"))
+
+
+def test_there_are_recipes() -> None:
+    assert {"demo", "balanced-3bit", "small-2bit", "mc-moe"} <= {path.stem for path in RECIPES}
+
+
+def test_defaults() -> None:
+    recipe = recipe_from()
+    assert recipe == Recipe()
+    assert [(c.bits, c.group) for c in recipe.allocate.candidates] == [(2, 64), (3, 64), (4, 64), (8, 128), (16, 0)]
+    assert recipe.target.bits is None and recipe.target.size is None
+
+
+def test_fingerprint_sees_values_and_not_spelling(tmp_path: Path) -> None:
+    short = load_recipe(written(tmp_path, "target: {size: 14GB}\n"))
+    long = load_recipe(written(tmp_path, "# the same\ntarget:\n  size: 14000000000\nquantize: {damping: 0.010}\n"))
+    assert short.fingerprint() == long.fingerprint()
+    assert short.fingerprint() != load_recipe(tmp_path / "r.yaml", ["target.size=14GiB"]).fingerprint()
+
+
+def test_errors_carry_line_and_column(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "target: {bits: 3}\nallocate:\n  solvr: milp\n  candidates:\n    - {bits: 2}\n    - {bits: 5, gruop: 3}\n"
+        "quantize:\n  damping: -1\n",
+    )
+    said = complaint(path)
+    assert f"{path}:3:3: unknown key 'allocate.solvr'; did you mean 'allocate.solver'?" in said
+    assert f"{path}:6:8: allocate.candidates.1.bits" in said
+    assert (
+        f"{path}:6:17: unknown key 'allocate.candidates.1.gruop'; did you mean 'allocate.candidates.1.group'?" in said
+    )
+    assert f"{path}:8:3: quantize.damping" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bits: 3\n", "did you mean 'target.bits'"),
+        ("zzz: 3\n", "known here: name, target"),
+        ("target: {bits: 3, size: 14GB}\n", "either bits or size"),
+        ("target: {size: 14G}\n", "not a size"),
+        ("target: {bits: .nan}\n", ":1:10: target.bits"),
+        ("target: {bits: true}\n", "should be a number"),
+        ("calibration: {sequences: 4, heldout: 4}\n", "must be smaller than sequences"),
+        ("calibration: {sequences: 2.5}\n", "valid integer"),
+        ("calibration: 7\n", "should be a section with keys: text"),
+        ("allocate: {candidates: []}\n", "at least 1 item"),
+        ("allocate: {candidates: [{bits: 2}, {bits: 2}]}\n", "listed twice"),
+        ("allocate: {candidates: [{group: 64}]}\n", "is missing"),
+        ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "neither group nor symmetric"),
+        ("allocate: {allocator: pmq, granularity: layer}\n", "decides per expert"),
+        ("quantize: {hessian: g3}\n", "'1', 'g' or 'g2'"),
+        ("name: a\nname: b\n", ":2:1: key 'name' appears twice"),
+        ("name: [\n", "not valid YAML"),
+        ("- a\n", "not a recipe"),
+        ("", "an empty file"),
+        ("name: !!python/object:os.system x\n", "not valid YAML"),
+    ],
+)
+def test_what_a_recipe_must_not_say(tmp_path: Path, text: str, words: str) -> None:
+    assert words in complaint(written(tmp_path, text))
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+    path = written(tmp_path, "name: a\n")
+    assert f"did you mean {path}?" in complaint(tmp_path / "rr.yaml")
+    assert "no recipe at" in complaint(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00name")
+    assert "UTF-8" in complaint(tmp_path / "b.yaml")
+
+
+def test_empty_sections_mean_the_defaults_and_the_file_names_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, "quantize:\n  # damping: 0.1\ntarget: {bits: 3}\n"))
+    assert recipe.quantize == Recipe().quantize and recipe.name == "r"
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = written(tmp_path, "target: {bits: 3}\nquantize: {hessian: 1}\n")
+    recipe = load_recipe(
+        path,
+        ["quantize.damping=1e-3", "allocate.candidates=[{bits: 2}, {bits: 16}]", "target.size=14GiB", "name=mine"],
+    )
+    assert recipe.quantize.damping == 0.001 and recipe.quantize.hessian == "1" and recipe.name == "mine"
+    assert [c.bits for c in recipe.allocate.candidates] == [2, 16]
+    assert recipe.target.size == 14 * 2**30 and recipe.target.bits is None
+    assert load_recipe(path, ["target.size=null"]).target.bits == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "quantize.dampng=1",
+            "--set quantize.dampng=1: unknown key 'quantize.dampng'; did you mean 'quantize.damping'?",
+        ),
+        ("quantize.damping=x", "--set quantize.damping=x: quantize.damping: should be a valid number"),
+        ("name.first=x", "has no keys of its own"),
+        ("quantize.damping", "cannot read --set"),
+        ("=3", "cannot read --set"),
+        ("target.bits=[", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides_are_named(tmp_path: Path, override: str, words: str) -> None:
+    assert words in complaint(written(tmp_path, "name: a\n"), override)
