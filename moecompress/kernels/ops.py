@@ -18,6 +18,11 @@ from moecompress.pack import int_format
 from moecompress.pack.int_format import IntBank
 from moecompress.progress import notice
 
+#: rows of x for one matrix from which unpacking it and one dense product are faster than the packed kernel
+CROWD = 48
+#: weights unpacked at a time for the dense product
+TILE_WEIGHTS = 1 << 22
+
 _library = torch.library.Library("moecompress", "DEF")
 _BANK = "Tensor codes, Tensor row_scales, Tensor? scales, Tensor? zeros, int bits, int group"
 _library.define(f"grouped_matmul(Tensor x, Tensor slots, {_BANK}) -> Tensor")
@@ -93,8 +98,46 @@ def _grouped_matmul(
 ) -> Tensor:
     bank = IntBank(codes, row_scales, scales, zeros, bits, group, x.shape[-1])
     _operands(x, slots, bank)
+    if codes.device.type == "cpu" and _native_ready():
+        return _on_cpu(x, slots, bank)
     _check_range("slots", slots, -1, bank.count)
     return reference.grouped_matmul(x, slots, codes, row_scales, scales, zeros, bits, group)
+
+
+def _on_cpu(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
+    if x.dtype == torch.float16:
+        return _on_cpu(x.float(), slots, bank).to(torch.float16)
+    bank = native.contiguous(bank)
+    crowded = _crowded(slots, bank.count)
+    if not crowded:
+        return native.grouped_matmul(x.contiguous(), slots.contiguous(), bank)
+    _check_range("slots", slots, -1, bank.count)
+    few = slots.clone()
+    for slot in crowded:
+        few[slots == slot] = -1
+    y = native.grouped_matmul(x.contiguous(), few, bank)
+    for slot in crowded:
+        _multiply_dense(x, slots == slot, bank, slot, y)
+    return y
+
+
+def _crowded(slots: Tensor, count: int) -> list[int]:
+    """The matrices that so many rows of x want that unpacking them once pays."""
+    if slots.shape[0] < CROWD:
+        return []
+    chosen, tokens = slots[slots >= 0].unique(return_counts=True)
+    return chosen[tokens >= CROWD].tolist()
+
+
+def _multiply_dense(x: Tensor, chosen: Tensor, bank: IntBank, slot: int, y: Tensor) -> None:
+    """y[chosen] = x[chosen] times the matrix ``slot``, unpacked a tile of rows at a time."""
+    at = torch.nonzero(chosen).squeeze(-1)
+    inputs, index = x[at], torch.tensor([slot])
+    step = max(1, TILE_WEIGHTS // bank.cols)
+    for first in range(0, bank.rows, step):
+        last = min(first + step, bank.rows)
+        weight = native.dequantize(bank, x.dtype, index, first, last)[0]  # (last - first, cols)
+        y[at, first:last] = inputs @ weight.T
 
 
 def _dequantize(
@@ -112,6 +155,9 @@ def _dequantize(
     int_format.check(bank)
     if index is not None:
         _check_range("index", index, 0, bank.count)
+    if codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _native_ready():
+        chosen = torch.arange(bank.count) if index is None else index.long().contiguous()
+        return native.dequantize(native.contiguous(bank), dtype, chosen, 0, bank.rows)
     return int_format.dequantize(bank, dtype, index)
 
 

@@ -1,0 +1,723 @@
+// Arithmetic on packed matrices of the format "int" (pack/SPEC.md, section 1), for the CPU.
+//
+// Plain C++17 with GNU vector extensions and a C interface that ctypes loads; no Python and no PyTorch headers.
+// The file includes itself once for each instruction set (part 2), because GCC and Clang compile a function for
+// another instruction set only where it is written; the best set that the machine has is chosen when the library
+// is loaded.
+//
+// y = W x is computed without storing W: 16 codes at a time become 16 float32 weights in a register (by a table
+// look-up where the table of a group fits a register), and are multiplied with up to 8 vectors x. The weights are
+// bit for bit those of the reference, scale * (code - zero); only the order of the sums differs.
+
+#ifndef MOEC_SET
+
+#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "needs GNU vector extensions and a little-endian machine"
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// ---- part 1: what all instruction sets share ---------------------------------------------------------------------
+
+namespace {
+
+constexpr int kInterface = 1;       // raise when an exported function changes; native.py refuses any other
+constexpr int kMaxTile = 8;         // vectors x that share one decoding of a row
+constexpr int64_t kItemBytes = 1 << 15;  // codes in one item of work: fits the second-level cache with its x
+
+enum Status : int { kOk = 0, kBadBank = 1, kBadSlot = 2, kBadArgument = 3, kNoMemory = 4 };
+enum Type : int { kFloat32 = 0, kBfloat16 = 1 };
+
+struct Bank {  // mirrored by native.py
+  const uint8_t* codes;
+  const uint16_t* row_scales;
+  const uint8_t* scales;  // null if group == 0
+  const uint8_t* zeros;   // null if symmetric
+  int64_t codes_bytes, row_scales_bytes, scales_bytes, zeros_bytes;
+  int64_t count, rows, cols;
+  int32_t bits, group;
+};
+
+struct Layout {
+  int64_t blocks;            // blocks of 16 columns in a row
+  int64_t blocks_per_group;  // a group is the whole row if group == 0
+  int64_t groups;
+  int64_t row_bytes, low_bytes;  // one row of codes; its first plane
+  int64_t zero_bytes;            // one row of zeros
+};
+
+Layout layout_of(const Bank& b) {
+  Layout l;
+  l.blocks = (b.cols + 15) / 16;
+  l.groups = b.group ? (b.cols + b.group - 1) / b.group : 1;
+  l.blocks_per_group = b.group ? b.group / 16 : l.blocks;
+  l.row_bytes = 2 * b.bits * l.blocks;
+  l.low_bytes = 2 * (b.bits == 3 ? 2 : b.bits) * l.blocks;
+  l.zero_bytes = (l.groups * b.bits + 7) / 8;
+  return l;
+}
+
+bool has_bytes(const void* data, int64_t bytes, int64_t count, int64_t rows, int64_t each) {
+  int64_t all;
+  if (__builtin_mul_overflow(count, rows, &all) || __builtin_mul_overflow(all, each, &all)) return false;
+  return bytes == all && (all == 0 || data != nullptr);
+}
+
+// Every size that a file can influence is compared with the memory behind it before anything is read.
+bool is_valid(const Bank& b) {
+  const bool bits = b.bits == 2 || b.bits == 3 || b.bits == 4 || b.bits == 8;
+  const bool group = b.group == 0 || b.group == 32 || b.group == 64 || b.group == 128;
+  constexpr int64_t kLimit = int64_t{1} << 40;  // keeps every product below in range
+  if (!bits || !group || b.count < 0 || b.rows < 0 || b.cols < 1 || b.cols > kLimit) return false;
+  const Layout l = layout_of(b);
+  return has_bytes(b.codes, b.codes_bytes, b.count, b.rows, l.row_bytes) &&
+         has_bytes(b.row_scales, b.row_scales_bytes, b.count, b.rows, 2) &&
+         (b.group ? has_bytes(b.scales, b.scales_bytes, b.count, b.rows, l.groups) : b.scales == nullptr) &&
+         (b.zeros == nullptr || has_bytes(b.zeros, b.zeros_bytes, b.count, b.rows, l.zero_bytes));
+}
+
+inline float from_bfloat16(uint16_t h) {
+  const uint32_t bits = uint32_t{h} << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t to_bfloat16(float f) {  // to nearest, ties to even, as torch
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+struct Rows {  // a range of rows of one matrix, times `tokens` vectors x
+  int64_t matrix, first, last;
+  const int32_t* tokens;  // row numbers in x and y
+  int32_t count;
+};
+
+struct Kernels {
+  const char* name;
+  // One row of x to float32, padded with zeros to whole blocks, in the order in which the codes are decoded.
+  void (*prepare)(const Bank&, const void* x, int type, float* prepared);
+  // y[token, row] for the rows and tokens given; x as prepared, `stride` floats apart.
+  void (*multiply)(const Bank&, const Layout&, const Rows&, const float* x, int64_t stride, void* y, int type);
+  // Weights (last - first, cols) of one matrix.
+  void (*dequantize)(const Bank&, const Layout&, int64_t matrix, int64_t first, int64_t last, void* out, int type);
+};
+
+}  // namespace
+
+// ---- the passes over part 2 --------------------------------------------------------------------------------------
+
+#define MOEC_SET portable
+#define MOEC_LANES 4
+#if defined(__aarch64__)
+#define MOEC_NAME "neon"
+#else
+#define MOEC_NAME "scalar"
+#endif
+#include "int_matmul.cpp"
+#undef MOEC_SET
+#undef MOEC_LANES
+#undef MOEC_NAME
+
+#if defined(__x86_64__)
+
+#define MOEC_SET avx2
+#define MOEC_LANES 8
+#define MOEC_NAME "avx2"
+#define MOEC_AVX2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#include "int_matmul.cpp"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef MOEC_SET
+#undef MOEC_LANES
+#undef MOEC_NAME
+#undef MOEC_AVX2
+
+#define MOEC_SET avx512
+#define MOEC_LANES 16
+#define MOEC_NAME "avx512"
+#define MOEC_AVX512
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#include "int_matmul.cpp"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef MOEC_SET
+#undef MOEC_LANES
+#undef MOEC_NAME
+#undef MOEC_AVX512
+
+#endif  // __x86_64__
+
+// ---- part 3: work, threads and the exported functions --------------------------------------------------------------
+
+namespace {
+
+std::vector<const Kernels*> available() {  // best first
+  std::vector<const Kernels*> sets;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    sets.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::kernels);
+#endif
+  sets.push_back(&portable::kernels);
+  return sets;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* set = chosen.load();
+  if (set == nullptr) chosen.store(set = available().front());
+  return *set;
+}
+
+// The entry point of the OpenMP runtime that torch itself uses. A pool of our own would fight with torch's, whose
+// threads keep spinning for a while after each of its operations.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Parallel> parallel{nullptr};
+
+template <class Work>  // work(i) for i in 0 ... items - 1, in any order, on any thread
+void for_each(int64_t items, int threads, const Work& work) {
+  struct Shared {
+    std::atomic<int64_t> next;
+    int64_t items;
+    const Work& work;
+  } shared{{0}, items, work};
+  auto run = [](void* data) {
+    Shared& s = *static_cast<Shared*>(data);
+    for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.items;) s.work(i);
+  };
+  const Parallel start = parallel.load();
+  threads = int(std::min<int64_t>(threads, items));
+  if (threads > 1 && start != nullptr)
+    start(run, &shared, unsigned(threads), 0);
+  else
+    run(&shared);
+}
+
+// The rows of x sorted by matrix, cut into ranges of rows that are worth a thread's attention.
+std::vector<Rows> cut_work(const Bank& b, const Layout& l, const int32_t* slots, int64_t count, std::vector<int32_t>& order) {
+  std::vector<int64_t> end(size_t(b.count) + 1, 0);
+  for (int64_t s = 0; s < count; s++)
+    if (slots[s] >= 0) end[size_t(slots[s]) + 1]++;
+  for (size_t m = 1; m < end.size(); m++) end[m] += end[m - 1];
+  order.resize(size_t(end.back()));
+  std::vector<int64_t> next(end.begin(), end.end() - 1);
+  for (int64_t s = 0; s < count; s++)
+    if (slots[s] >= 0) order[size_t(next[size_t(slots[s])]++)] = int32_t(s);
+
+  const int64_t step = std::max<int64_t>(8, kItemBytes / l.row_bytes / 8 * 8);
+  std::vector<Rows> items;
+  for (int64_t m = 0; m < b.count; m++) {
+    const int64_t from = end[size_t(m)], tokens = end[size_t(m) + 1] - from;
+    for (int64_t r = 0; tokens && r < b.rows; r += step)
+      items.push_back({m, r, std::min(r + step, b.rows), order.data() + from, int32_t(tokens)});
+  }
+  return items;
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+int64_t element_bytes(int type) { return type == kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int moec_interface() { return kInterface; }
+
+__attribute__((visibility("default"))) const char* moec_instruction_set() { return kernels().name; }
+
+// Choose an instruction set by name, for tests; kBadArgument if this machine lacks it.
+__attribute__((visibility("default"))) int moec_choose(const char* name) {
+  for (const Kernels* set : available())
+    if (std::strcmp(set->name, name) == 0) {
+      chosen.store(set);
+      return kOk;
+    }
+  return kBadArgument;
+}
+
+__attribute__((visibility("default"))) void moec_use_parallel(void* gomp_parallel) {
+  parallel.store(reinterpret_cast<Parallel>(gomp_parallel));
+}
+
+// y (count, rows) = for every s, matrix slots[s] times x[s] (cols); zeros where slots[s] == -1. x and y contiguous.
+__attribute__((visibility("default"))) int moec_grouped_matmul(const Bank* bank, const void* x, int64_t x_bytes, const int32_t* slots,
+                                                               int64_t count, void* y, int64_t y_bytes, int type, int threads) try {
+  const Bank& b = *bank;
+  if (!is_valid(b)) return kBadBank;
+  if (type != kFloat32 && type != kBfloat16) return kBadArgument;
+  const int64_t each = element_bytes(type);
+  if (!has_bytes(x, x_bytes, count, b.cols, each) || !has_bytes(y, y_bytes, count, b.rows, each) || count > INT32_MAX)
+    return kBadArgument;
+  for (int64_t s = 0; s < count; s++)
+    if (slots[s] < -1 || slots[s] >= b.count) return kBadSlot;
+
+  const Layout l = layout_of(b);
+  const Kernels& k = kernels();
+  const int64_t stride = l.blocks * 16;
+  int64_t floats;
+  if (__builtin_mul_overflow(stride, std::max<int64_t>(count, 1), &floats) || floats > (int64_t{1} << 60)) return kNoMemory;
+  std::unique_ptr<float, Free> prepared(static_cast<float*>(std::aligned_alloc(64, size_t(floats) * 4)));
+  if (!prepared) return kNoMemory;
+  for_each(count, count * b.cols < (1 << 16) ? 1 : threads, [&](int64_t s) {
+    if (slots[s] < 0)
+      std::memset(static_cast<char*>(y) + s * b.rows * each, 0, size_t(b.rows * each));
+    else
+      k.prepare(b, static_cast<const char*>(x) + s * b.cols * each, type, prepared.get() + s * stride);
+  });
+  std::vector<int32_t> order;
+  const std::vector<Rows> items = cut_work(b, l, slots, count, order);
+  for_each(int64_t(items.size()), threads,
+           [&](int64_t i) { k.multiply(b, l, items[size_t(i)], prepared.get(), stride, y, type); });
+  return kOk;
+} catch (const std::bad_alloc&) {
+  return kNoMemory;
+}
+
+// out (count, last - first, cols): rows first ... last - 1 of the matrices index[0] ... index[count - 1].
+__attribute__((visibility("default"))) int moec_dequantize(const Bank* bank, const int64_t* index, int64_t count, int64_t first,
+                                                           int64_t last, void* out, int64_t out_bytes, int type, int threads) {
+  const Bank& b = *bank;
+  if (!is_valid(b)) return kBadBank;
+  if (type != kFloat32 && type != kBfloat16) return kBadArgument;
+  if (first < 0 || last < first || last > b.rows || count < 0) return kBadArgument;
+  const int64_t rows = last - first, each = element_bytes(type);
+  if (!has_bytes(out, out_bytes, count, rows, b.cols * each)) return kBadArgument;
+  for (int64_t i = 0; i < count; i++)
+    if (index[i] < 0 || index[i] >= b.count) return kBadSlot;
+
+  const Layout l = layout_of(b);
+  const Kernels& k = kernels();
+  const int64_t step = std::max<int64_t>(1, kItemBytes / l.row_bytes);
+  const int64_t steps = (rows + step - 1) / step;
+  for_each(count * steps, threads, [&](int64_t item) {
+    const int64_t i = item / steps, from = item % steps * step, to = std::min(from + step, rows);
+    char* target = static_cast<char*>(out) + (i * rows + from) * b.cols * each;
+    k.dequantize(b, l, index[i], first + from, first + to, target, type);
+  });
+  return kOk;
+}
+
+// Sum of the 8-byte words of a buffer: one streaming read, to measure the machine's memory bandwidth.
+__attribute__((visibility("default"))) uint64_t moec_read(const uint64_t* data, int64_t words, int threads) {
+  constexpr int64_t kStep = 1 << 15;
+  std::atomic<uint64_t> total{0};
+  for_each((words + kStep - 1) / kStep, threads, [&](int64_t i) {
+    uint64_t sum[8] = {};
+    const uint64_t* p = data + i * kStep;
+    const int64_t n = std::min(kStep, words - i * kStep);
+    for (int64_t j = 0; j + 8 <= n; j += 8)
+      for (int k = 0; k < 8; k++) sum[k] += p[j + k];
+    for (uint64_t part : sum) total += part;
+  });
+  return total;
+}
+
+}  // extern "C"
+
+#else  // MOEC_SET
+
+// ---- part 2: one instruction set -----------------------------------------------------------------------------------
+
+namespace {
+namespace MOEC_SET {
+
+#define MOEC_INLINE inline __attribute__((always_inline))
+
+constexpr int L = MOEC_LANES;  // float32 in a register
+constexpr int P = 16 / L;      // registers in a block of 16 columns
+
+typedef float F __attribute__((vector_size(4 * L)));
+typedef uint32_t U __attribute__((vector_size(4 * L)));
+typedef int32_t I __attribute__((vector_size(4 * L)));
+
+struct Block {
+  F part[P];
+};
+
+MOEC_INLINE F splat(float value) { return value - F{}; }
+MOEC_INLINE U splat(uint32_t value) { return value - U{}; }
+
+MOEC_INLINE U lanes() {  // 0, 1, 2, ...
+  U result;
+  for (int i = 0; i < L; i++) result[i] = uint32_t(i);
+  return result;
+}
+
+// Through int32: every instruction set converts signed integers at once, not all of them unsigned ones.
+MOEC_INLINE F to_float(U value) { return __builtin_convertvector((I)value, F); }
+
+MOEC_INLINE U widen(const uint8_t* p) {  // L bytes
+#if defined(MOEC_AVX512)
+  return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(MOEC_AVX2)
+  return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  U result;
+  for (int i = 0; i < L; i++) result[i] = p[i];
+  return result;
+#endif
+}
+
+MOEC_INLINE F load(const float* p) {
+  F f;
+  std::memcpy(&f, p, sizeof f);
+  return f;
+}
+
+MOEC_INLINE float sum(const Block& b) {
+#if defined(MOEC_AVX512)
+  return _mm512_reduce_add_ps((__m512)b.part[0]);
+#else
+  F total = b.part[0];
+  for (int p = 1; p < P; p++) total += b.part[p];
+  float part[L];
+  std::memcpy(part, &total, sizeof part);
+  for (int width = L / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return part[0];
+#endif
+}
+
+template <int BYTES>
+MOEC_INLINE uint64_t read(const uint8_t* p) {
+  uint64_t value = 0;
+  std::memcpy(&value, p, BYTES);
+  return value;
+}
+
+// Group: what turns the codes of one group of one row into weights. weights(low, high) decodes one block, where
+// `low` is at the block's codes in the first plane and `high` at those in the second (3 bits only).
+
+template <int BITS>
+struct Group {
+  static constexpr bool kPlainOrder = true;
+  F scale, zero;
+
+  MOEC_INLINE void set(float s, float z) { scale = splat(s), zero = splat(z); }
+
+  MOEC_INLINE Block weights(const uint8_t* low, const uint8_t* high) const {
+    Block result;
+    for (int p = 0; p < P; p++) {
+      U code;
+      if constexpr (BITS == 8) {
+        code = widen(low + p * L);
+      } else {
+        constexpr int width = BITS == 3 ? 2 : BITS;
+        const uint32_t word = uint32_t(read<2 * width>(low) >> (width * L * p));
+        code = (splat(word) >> (lanes() * width)) & ((1u << width) - 1);
+        if constexpr (BITS == 3) {
+          const uint32_t top = uint32_t(read<2>(high)) << 2 >> (L * p);
+          code |= (splat(top) >> lanes()) & 4;
+        }
+      }
+      result.part[p] = (to_float(code) - zero) * scale;
+    }
+    return result;
+  }
+};
+
+#if defined(MOEC_AVX512) || defined(MOEC_AVX2)
+
+// A table of the 2^BITS weights of the group, repeated until it fills a register. The look-up uses only the low bits
+// of an index, so what a shift leaves above them does no harm.
+template <int BITS>
+struct Table {
+  F table;
+  MOEC_INLINE void set(float s, float z) {
+    const U level = lanes() & ((1u << BITS) - 1);
+    table = (to_float(level) - z) * s;
+  }
+  MOEC_INLINE F at(U index) const {
+#if defined(MOEC_AVX512)
+    return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#else
+    return (F)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
+#endif
+  }
+};
+
+template <>
+struct Group<2> : Table<2> {
+  static constexpr bool kPlainOrder = true;
+  MOEC_INLINE Block weights(const uint8_t* low, const uint8_t*) const {
+    const U word = splat(uint32_t(read<4>(low)));
+    Block result;
+    for (int p = 0; p < P; p++) result.part[p] = at(word >> (lanes() * 2 + 2 * L * p));
+    return result;
+  }
+};
+
+template <>
+struct Group<3> : Table<3> {
+  static constexpr bool kPlainOrder = true;
+  MOEC_INLINE Block weights(const uint8_t* low, const uint8_t* high) const {
+    const U word = splat(uint32_t(read<4>(low))), top = splat(uint32_t(read<2>(high)) << 2);
+    Block result;
+    for (int p = 0; p < P; p++) {
+      const U two = word >> (lanes() * 2 + 2 * L * p), third = top >> (lanes() + L * p);
+      result.part[p] = at((two & 3) | (third & ~3u));
+    }
+    return result;
+  }
+};
+
+#endif
+
+#if defined(MOEC_AVX512)
+
+template <>
+struct Group<4> : Table<4> {
+  // Two words are broadcast alternately (one instruction); lane 2j decodes column j, lane 2j + 1 column 8 + j.
+  static constexpr bool kPlainOrder = false;
+  MOEC_INLINE Block weights(const uint8_t* low, const uint8_t*) const {
+    const U words = (U)_mm512_set1_epi64(int64_t(read<8>(low)));
+    return {at(words >> (lanes() / 2 * 4))};
+  }
+};
+
+MOEC_INLINE Block shuffle(const Block& b, U index) { return {(F)_mm512_permutexvar_ps((__m512i)index, (__m512)b.part[0])}; }
+MOEC_INLINE Block to_decoded_order(const Block& b) { return shuffle(b, lanes() / 2 + (lanes() & 1) * 8); }
+MOEC_INLINE Block to_plain_order(const Block& b) { return shuffle(b, (lanes() & 7) * 2 + (lanes() >> 3)); }
+
+#else
+
+MOEC_INLINE Block to_decoded_order(const Block& b) { return b; }
+MOEC_INLINE Block to_plain_order(const Block& b) { return b; }
+
+#endif
+
+// Where a row's numbers lie.
+struct Row {
+  const uint8_t *low, *high, *scales, *zeros;
+  float row_scale;
+
+  MOEC_INLINE void seek(const Bank& b, const Layout& l, int64_t row) {  // row = matrix * rows + row of the matrix
+    low = b.codes + row * l.row_bytes;
+    high = low + l.low_bytes;
+    scales = b.scales ? b.scales + row * l.groups : nullptr;
+    zeros = b.zeros ? b.zeros + row * l.zero_bytes : nullptr;
+    row_scale = from_bfloat16(b.row_scales[row]);
+  }
+};
+
+// Scales and zeros of 16 groups, from group `first` (a multiple of 16) on; beyond the last group they mean nothing.
+struct Sixteen {
+  float scale[16], zero[16];
+
+  template <int BITS>
+  MOEC_INLINE void read_from(const Row& row, const Layout& l, int64_t first) {
+    uint8_t bytes[16];
+    if (row.scales) fetch<16>(bytes, row.scales + first, l.groups - first);
+    for (int p = 0; p < P; p++) {
+      F s = splat(row.row_scale);
+      if (row.scales) s *= to_float(widen(bytes + p * L));
+      std::memcpy(scale + p * L, &s, sizeof s);
+    }
+    if (row.zeros) fetch<2 * BITS>(bytes, row.zeros + first * BITS / 8, l.zero_bytes - first * BITS / 8);
+    for (int p = 0; p < P; p++) {
+      F z = splat(((1 << BITS) - 1) * 0.5f);
+      if (row.zeros) z = to_float(BITS == 8 ? widen(bytes + p * L) : unpack<BITS>(bytes, p));
+      std::memcpy(zero + p * L, &z, sizeof z);
+    }
+  }
+
+  // COUNT bytes, or as many as are left.
+  template <int COUNT>
+  static MOEC_INLINE void fetch(uint8_t* to, const uint8_t* from, int64_t left) {
+    if (left >= COUNT)
+      std::memcpy(to, from, COUNT);
+    else
+      for (int64_t i = 0; i < left; i++) to[i] = from[i];
+  }
+
+  // Register p of 16 numbers of BITS bits: eight of them lie in one 32-bit word.
+  template <int BITS>
+  static MOEC_INLINE U unpack(const uint8_t* bytes, int p) {
+    const uint64_t stream = read<2 * (BITS == 8 ? 4 : BITS)>(bytes);
+    const U words[2] = {splat(uint32_t(stream)), splat(uint32_t(stream >> (8 * BITS)))};
+    const U index = lanes() + uint32_t(p * L);
+    const U word = L == 16 ? (index < 8 ? words[0] : words[1]) : words[p * L / 8];
+    return (word >> ((index & 7) * BITS)) & ((1u << BITS) - 1);
+  }
+};
+
+// R rows times T vectors x at once: R * T sums stay in registers, and each block of x is loaded once for R rows.
+template <int BITS, int R, int T>
+MOEC_INLINE void tile(const Layout& l, const Row* rows, const float* const* x, float (*y)[kMaxTile]) {
+  constexpr int low_step = 2 * (BITS == 3 ? 2 : BITS);
+  Block total[R][T] = {};
+  Sixteen of[R];
+  for (int64_t block = 0, group = 0; block < l.blocks; group++) {
+    if (group % 16 == 0)
+      for (int r = 0; r < R; r++) of[r].template read_from<BITS>(rows[r], l, group);
+    Group<BITS> of_row[R];
+    for (int r = 0; r < R; r++) of_row[r].set(of[r].scale[group % 16], of[r].zero[group % 16]);
+    const int64_t end = std::min(block + l.blocks_per_group, l.blocks);
+    for (; block < end; block++)
+      for (int r = 0; r < R; r++) {
+        const Block w = of_row[r].weights(rows[r].low + low_step * block, rows[r].high + 2 * block);
+        for (int t = 0; t < T; t++) {
+          for (int p = 0; p < P; p++) total[r][t].part[p] += w.part[p] * load(x[t] + 16 * block + p * L);
+        }
+      }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) y[r][t] = sum(total[r][t]);
+}
+
+MOEC_INLINE void put(void* out, int64_t at, float value, int type) {
+  if (type == kFloat32)
+    static_cast<float*>(out)[at] = value;
+  else
+    static_cast<uint16_t*>(out)[at] = to_bfloat16(value);
+}
+
+// All rows of the item times up to T of its vectors x, from the vector `from` on; missing ones repeat the last.
+template <int BITS, int T>
+void columns(const Bank& b, const Layout& l, const Rows& item, int from, const float* x, int64_t stride, void* y, int type) {
+  constexpr int R = L == 16 ? (T == 8 ? 2 : 4) : (T >= 4 ? 1 : 4 / T);  // so many sums fit the registers
+  const float* vectors[T];
+  for (int t = 0; t < T; t++) vectors[t] = x + stride * item.tokens[std::min(from + t, item.count - 1)];
+  for (int64_t row = item.first; row < item.last; row += R) {
+    Row rows[R];
+    for (int r = 0; r < R; r++) rows[r].seek(b, l, item.matrix * b.rows + std::min(row + r, item.last - 1));
+    float sums[R][kMaxTile];
+    tile<BITS, R, T>(l, rows, vectors, sums);
+    for (int r = 0; r < R && row + r < item.last; r++)
+      for (int t = 0; t < T && from + t < item.count; t++) put(y, item.tokens[from + t] * b.rows + row + r, sums[r][t], type);
+  }
+}
+
+template <int BITS>
+void multiply(const Bank& b, const Layout& l, const Rows& item, const float* x, int64_t stride, void* y, int type) {
+  for (int from = 0; from < item.count;) {
+    const int left = item.count - from;
+    if (left > 4 && L == 16) {
+      columns<BITS, 8>(b, l, item, from, x, stride, y, type), from += 8;
+    } else if (left > 2) {
+      columns<BITS, 4>(b, l, item, from, x, stride, y, type), from += 4;
+    } else if (left > 1) {
+      columns<BITS, 2>(b, l, item, from, x, stride, y, type), from += 2;
+    } else {
+      columns<BITS, 1>(b, l, item, from, x, stride, y, type), from += 1;
+    }
+  }
+}
+
+MOEC_INLINE void store(void* out, const float* values, int64_t count, int type) {
+  if (type == kFloat32)
+    std::memcpy(out, values, size_t(count) * 4);
+  else
+    for (int64_t i = 0; i < count; i++) put(out, i, values[i], type);
+}
+
+template <int BITS>
+void dequantize(const Bank& b, const Layout& l, int64_t matrix, int64_t first, int64_t last, void* out, int type) {
+  constexpr int low_step = 2 * (BITS == 3 ? 2 : BITS);
+  const int64_t each = type == kFloat32 ? 4 : 2;
+  char* to = static_cast<char*>(out);
+  for (int64_t r = first; r < last; r++) {
+    Row row;
+    row.seek(b, l, matrix * b.rows + r);
+    Sixteen of;
+    for (int64_t block = 0, group = 0; block < l.blocks; group++) {
+      if (group % 16 == 0) of.template read_from<BITS>(row, l, group);
+      Group<BITS> here;
+      here.set(of.scale[group % 16], of.zero[group % 16]);
+      const int64_t end = std::min(block + l.blocks_per_group, l.blocks);
+      for (; block < end; block++) {
+        Block w = here.weights(row.low + low_step * block, row.high + 2 * block);
+        if constexpr (!Group<BITS>::kPlainOrder) w = to_plain_order(w);
+        float values[16];
+        std::memcpy(values, &w, sizeof values);
+        const int64_t count = std::min<int64_t>(16, b.cols - 16 * block);
+        if (count == 16)
+          store(to, values, 16, type);
+        else
+          store(to, values, count, type);
+        to += count * each;
+      }
+    }
+  }
+}
+
+template <int BITS>
+void prepare(const Bank& b, const void* x, int type, float* prepared) {
+  const int64_t blocks = (b.cols + 15) / 16;
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t from = 16 * block, count = std::min<int64_t>(16, b.cols - from);
+    float values[16] = {};
+    if (type == kFloat32)
+      std::memcpy(values, static_cast<const float*>(x) + from, size_t(count) * 4);
+    else if (count == 16)
+      for (int i = 0; i < 16; i++) values[i] = from_bfloat16(static_cast<const uint16_t*>(x)[from + i]);
+    else
+      for (int64_t i = 0; i < count; i++) values[i] = from_bfloat16(static_cast<const uint16_t*>(x)[from + i]);
+    Block v;
+    std::memcpy(&v, values, sizeof v);
+    if constexpr (!Group<BITS>::kPlainOrder) v = to_decoded_order(v);
+    std::memcpy(prepared + from, &v, sizeof v);
+  }
+}
+
+void prepare_any(const Bank& b, const void* x, int type, float* prepared) {
+  (b.bits == 4 ? prepare<4> : prepare<8>)(b, x, type, prepared);  // only 4 bits may have an order of their own
+}
+
+void multiply_any(const Bank& b, const Layout& l, const Rows& item, const float* x, int64_t stride, void* y, int type) {
+  (b.bits == 2 ? multiply<2> : b.bits == 3 ? multiply<3> : b.bits == 4 ? multiply<4> : multiply<8>)(b, l, item, x, stride, y, type);
+}
+
+void dequantize_any(const Bank& b, const Layout& l, int64_t matrix, int64_t first, int64_t last, void* out, int type) {
+  (b.bits == 2   ? dequantize<2>
+   : b.bits == 3 ? dequantize<3>
+   : b.bits == 4 ? dequantize<4>
+                 : dequantize<8>)(b, l, matrix, first, last, out, type);
+}
+
+const Kernels kernels = {MOEC_NAME, prepare_any, multiply_any, dequantize_any};
+
+#undef MOEC_INLINE
+
+}  // namespace MOEC_SET
+}  // namespace
+
+#endif  // MOEC_SET
