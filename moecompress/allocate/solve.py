@@ -201,7 +201,7 @@ def _branch_and_bound(
     price_scale = max(float(price.mean()), 1.0)
     problem = pulp.LpProblem("bits", pulp.LpMinimize)
     taken = {
-        (int(u), int(c)): pulp.LpVariable(f"x_{u}_{c}", cat=pulp.LpBinary)
+        (int(u), int(c)): problem.add_variable(f"x_{u}_{c}", cat=pulp.LpBinary)
         for u, c in zip(*allowed.nonzero(), strict=True)
     }
     problem += pulp.lpSum(x * float(harm[key] / harm_scale) for key, x in taken.items())

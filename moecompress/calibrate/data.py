@@ -28,6 +28,7 @@ _PIECE = 100_000
 #: characters kept per token asked for: more than any tokenizer needs, so that a long text is thinned, not cut off
 _CHARACTERS_PER_TOKEN = 16
 _LEAST_KEPT = 2_000_000
+_LINE_END, _SPACE = re.compile(r"\n"), re.compile(r"\s")
 #: modules of the standard library whose docstrings read like prose
 _BUILTIN_MODULES = """
     argparse asyncio.events bdb calendar codecs collections concurrent.futures._base configparser contextlib copy
@@ -129,7 +130,7 @@ def _first_token(tokenizer: Any) -> Tensor:
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """int64 (T,): the tokens of all texts, a blank line between them, without special tokens of the tokenizer's own."""
+    """int64 (T,): the tokens of all texts in one row, without special tokens of the tokenizer's own."""
     pieces: list[str] = []
     waiting: list[str] = []
     size = 0
@@ -137,10 +138,10 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
         waiting.append(text)
         size += len(text)
         if size >= _PIECE:
-            pieces.append("\n\n".join(waiting))
+            pieces.append("".join(waiting))
             waiting, size = [], 0
     if waiting:
-        pieces.append("\n\n".join(waiting))
+        pieces.append("".join(waiting))
     ids = [torch.tensor(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) for piece in pieces]
     return torch.cat(ids).to(torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
 
@@ -164,12 +165,16 @@ def _thinned(texts: Iterator[str], most: int, whole: bool) -> list[str]:
 
 
 def _in_blocks(texts: Iterator[str], size: int = 10_000) -> Iterator[str]:
-    """The same texts, long ones in parts of about ``size`` characters cut at white space."""
+    """The same texts in parts of about ``size`` characters that join again without a seam: long texts are cut at a
+    line's end or at white space, and a blank line parts a text from one before it that does not end its line."""
+    seam = ""
     for text in texts:
-        start = 0
+        start, ends_line = 0, text.endswith("\n")
+        text = seam + text
+        seam = "" if ends_line else "\n\n"
         while len(text) - start > 2 * size:
-            space = re.compile(r"\s").search(text, start + size, start + 2 * size)
-            end = space.end() if space else start + size
+            cut = next((m for p in (_LINE_END, _SPACE) if (m := p.search(text, start + size, start + 2 * size))), None)
+            end = cut.end() if cut else start + size
             yield text[start:end]
             start = end
         yield text[start:]
@@ -214,11 +219,12 @@ def _from_txt(path: Path) -> Iterator[str]:
             while block := file.read(_PIECE):
                 if "\0" in block:
                     raise UserError(f"{path} is not text", got="a binary file (it holds NUL bytes)")
-                whole, newline, tail = (rest + block).rpartition("\n")
-                rest = tail if newline else rest + block
-                if whole.strip():
+                block = rest + block
+                end = block.rfind("\n") + 1
+                rest = block[end:]
+                if block[:end].strip():
                     some = True
-                    yield whole
+                    yield block[:end]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text", expected="UTF-8", got=str(error),
                         remedy="convert it, for example with iconv -t utf-8") from None  # fmt: skip
