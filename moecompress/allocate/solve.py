@@ -133,6 +133,7 @@ def _hull_steps(
     cheapest = np.where(np.isfinite(harm), price, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
     start = np.where(price == cheapest, harm, np.inf).argmin(axis=1)
     current = start.copy()
+    last = np.full(len(price), np.inf)  # slope of a unit's step before
     steps: list[tuple[np.ndarray, ...]] = []
     for _ in range(price.shape[1] - 1):
         extra = price - price[rows, current][:, None]
@@ -146,13 +147,15 @@ def _hull_steps(
         if not len(moving):
             break
         target = to[moving]
-        steps.append((moving, target, gain[moving, target], extra[moving, target], slope[moving, target]))
+        # Slopes fall along a hull; rounding must not undo that on a straight edge, for the order of the steps hangs on it.
+        last[moving] = np.minimum(last[moving], slope[moving, target])
+        steps.append((moving, target, gain[moving, target], extra[moving, target], last[moving]))
         current[moving] = target
     if not steps:
         empty = np.zeros(0, dtype=np.int64)
         return start, empty, empty, np.zeros(0), empty
     unit, to, gain, extra, slope = (np.concatenate(column) for column in zip(*steps, strict=True))
-    # Stable, and slopes fall along a hull, so a unit's steps stay in order even where rounding makes two slopes equal.
+    # Stable, so that a unit's steps stay in order where two have one slope.
     order = np.argsort(-slope, kind="stable")
     return start, unit[order], to[order], gain[order], extra[order]
 

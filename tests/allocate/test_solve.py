@@ -121,6 +121,17 @@ def test_a_wider_candidate_that_harms_more_is_left_alone() -> None:
     assert solve_lagrangian(price, harm, 3).choice.tolist() == [0]
 
 
+def test_straight_hulls_keep_the_order_of_their_steps() -> None:
+    rng = np.random.default_rng(4)
+    price = np.sort(rng.integers(1, 10**6, (50, 6)), axis=1)
+    harm = rng.random((50, 1)) * (2 * 10**6 - price) / 3.0  # on a line, up to rounding
+    least, most = int(price[:, 0].sum()), int(price[:, -1].sum())
+    for budget in rng.integers(least, most, 20):
+        found = solve_lagrangian(price, harm, int(budget))
+        assert found.bytes <= budget and found.lower_bound <= found.harm
+        assert found.harm == pytest.approx(found.lower_bound, rel=1e-2)
+
+
 def test_merged_units_share_their_choice() -> None:
     rng = np.random.default_rng(3)
     price, harm = rng.integers(1, 50, (6, 3)), rng.random((6, 3))
