@@ -147,7 +147,7 @@ def _hull_steps(
         if not len(moving):
             break
         target = to[moving]
-        # Slopes fall along a hull; rounding must not undo that on a straight edge, for the order of the steps hangs on it.
+        # Slopes fall along a hull; on a straight edge rounding could say otherwise and put the steps out of order.
         last[moving] = np.minimum(last[moving], slope[moving, target])
         steps.append((moving, target, gain[moving, target], extra[moving, target], last[moving]))
         current[moving] = target
