@@ -113,7 +113,7 @@ class CalibrationRecipe(_Section):
     #: tokens per sequence
     length: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 512
     #: how many of the sequences are kept out of the statistics, to compare plans on
-    heldout: Natural = 16
+    heldout: Count = 16
     seed: Natural = 0
 
     @model_validator(mode="after")

@@ -17,7 +17,15 @@ app = typer.Typer(
 )
 
 #: command name -> module under moecompress.cli; each module's ``command`` function is the command.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "inspect": "inspect",
+    "calibrate": "calibrate",
+    "plan": "plan",
+    "quantize": "quantize",
+    "evaluate": "evaluate",
+    "export": "export",
+    "run": "run",
+}
 
 
 def _register() -> None:

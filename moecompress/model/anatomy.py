@@ -24,6 +24,7 @@ EXPERT, EXPERT_BIAS, ROUTER, NORM, EMBEDDING, HEAD, IGNORED, OTHER = (
 #: Projections into and out of MLA latents: quantizing them ruins the model for no gain in size.
 MLA_LATENT = re.compile(r"(^|\.)(q_a_proj|q_b_proj|kv_a_proj\w*|kv_b_proj|wq_a|wq_b|wkv_a|wkv_b)$")
 ATTENTION_PATH = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
+DENSE_PATH = re.compile(r"(^|\.)(mlp|ffn|feed_forward|dense)\w*\.")
 #: Narrower matrices are gates and small projections: their bytes do not matter, their error does.
 SMALLEST_LINEAR = 32
 
@@ -78,14 +79,12 @@ class Anatomy:
         )
 
 
-def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader) -> Anatomy:
+def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stack: str, moe: dict[int, MoELayer]) -> Anatomy:
     """Account for every tensor of the checkpoint, or say which one does not fit.
 
     A rehearsal on the meta device runs transformers' whole loading on shapes alone; whatever it finds missing,
     unexpected or of another shape is an error here, not bad text later.
     """
-    refuse_quantized(checkpoint)
-    stack, moe = find_stack(model)
     ignored = rehearse(checkpoint.entries, model, loader, moe.values())
     targets = loader.targets(list(checkpoint.entries))
     roles = _Roles(model, stack, moe)
@@ -228,9 +227,13 @@ class _Roles:
 
     def of(self, parameter: str) -> str:
         module_name, _, leaf = parameter.rpartition(".")
+        if ".packed." in parameter:  # a packed bank plays the role of the matrix it stores
+            module_name, leaf = parameter.split(".packed.")[0], "down_proj"
         module = self.modules.get(module_name)
         if module_name in self.experts:
             return EXPERT if leaf in self.experts[module_name].parameters else EXPERT_BIAS
+        if module is not None and hasattr(module, "packed"):
+            return self._linear_role(module_name)
         if isinstance(module, nn.Embedding):
             return EMBEDDING
         if module_name == self.head:
@@ -245,12 +248,14 @@ class _Roles:
             return NORM if leaf == "weight" else OTHER
         if type(module) is not nn.Linear or min(tensor.shape) < SMALLEST_LINEAR or MLA_LATENT.search(module_name):
             return ATTENTION + "_kept" if ATTENTION_PATH.search(module_name) else OTHER
+        return self._linear_role(module_name)
+
+    def _linear_role(self, module_name: str) -> str:
         if ATTENTION_PATH.search(module_name.removeprefix(self.stack)):
             return ATTENTION
-        if block is not None:
-            # A block that holds norms and attention beside the experts is the decoder layer itself (gemma-like):
+        if any(module_name.startswith(block + ".") for block in self.blocks):
             return SHARED
-        return DENSE if re.search(r"(^|\.)(mlp|ffn|feed_forward|dense)\w*\.", module_name) else OTHER
+        return DENSE if DENSE_PATH.search(module_name) else OTHER
 
     def _is_router(self, parameter: str, block: str, tensor: torch.Tensor) -> bool:
         """Inside the MoE block: one row or value an expert, or a gate with a single output."""

@@ -152,15 +152,16 @@ def read_entry(entry: TensorEntry) -> torch.Tensor:
     return data.view(entry.dtype).reshape(entry.shape)
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a shard under its name only when it is complete on disk (write, sync, rename)."""
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], durable: bool = True) -> None:
+    """Write a shard under its name only when it is complete (write, sync unless not ``durable``, rename)."""
     partial = path.with_name(path.name + ".partial")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
     except SafetensorError as error:  # safetensors wraps the operating system's error in its own
         partial.unlink(missing_ok=True)
         raise UserError(f"Cannot write {path.name}", got=str(error), remedy="free disk space or check permissions") from None
-    sync_file(partial)
+    if durable:
+        sync_file(partial)
     os.replace(partial, path)
 
 

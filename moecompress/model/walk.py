@@ -20,25 +20,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
-from moecompress.model.anatomy import Anatomy, dissect
-from moecompress.model.checkpoint import Checkpoint, read_entry, write_shard, write_text
+from moecompress.model.anatomy import Anatomy, dissect, find_stack, refuse_quantized
+from moecompress.model.checkpoint import Checkpoint, read_entry, read_header, write_shard, write_text
 from moecompress.model.skeleton import Loader, build_skeleton, load_config, release
 
 
 class OpenModel:
     """A checkpoint, its weightless skeleton and its anatomy: what every stage starts from."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, trust_remote_code: bool = False):
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False,
+                 prepare: Callable[[PreTrainedModel], None] | None = None):  # fmt: skip
+        """``dtype``: of the computation (None: as stored). ``prepare``: changes modules before weights are looked at."""
         self.checkpoint = Checkpoint(folder)
         config = load_config(folder, trust_remote_code)
         self.stored_dtype = stored_dtype(config)
-        config.dtype = dtype
-        config.get_text_config().dtype = dtype
+        self.dtype = dtype or self.stored_dtype
+        config.dtype = self.dtype
+        config.get_text_config().dtype = self.dtype
         self.config = config
-        self.dtype = dtype
         self.model = build_skeleton(config, trust_remote_code)
+        stack, moe = find_stack(self.model)
+        if prepare is not None:
+            prepare(self.model)
+        else:
+            refuse_quantized(self.checkpoint)
         self.loader = Loader(self.model)
-        self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader)
+        self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader, stack, moe)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.anatomy.stack)  # type: ignore[assignment]
 
     def load_layer(self, layer: int) -> None:
@@ -178,12 +185,19 @@ class Walk:
 
     def save(self, folder: Path, layer: int, outputs: Sequence[Any]) -> None:
         """Keep the outputs of a finished layer, so that a killed run can start behind it."""
-        tensors, shapes = {}, []
+        tensors: dict[str, torch.Tensor] = {}
+        stored: dict[int, str] = {}  # id of a tensor -> its name: lanes that share a tensor store it once
+        shapes: list[tuple[bool, list[str | None]]] = []
         for lane, output in enumerate(outputs):
             parts = output if isinstance(output, tuple) else (output,)
-            shapes.append([isinstance(output, tuple), [part is not None for part in parts]])
-            tensors.update({f"{lane}.{i}": part.contiguous() for i, part in enumerate(parts) if part is not None})
-        write_shard(folder / f"hidden-{layer:04d}.safetensors", tensors)
+            names: list[str | None] = []
+            for index, part in enumerate(parts):
+                if part is not None and id(part) not in stored:
+                    stored[id(part)] = f"{lane}.{index}"
+                    tensors[f"{lane}.{index}"] = part
+                names.append(None if part is None else stored[id(part)])
+            shapes.append((isinstance(output, tuple), names))
+        write_shard(folder / f"hidden-{layer:04d}.safetensors", tensors, durable=False)
         write_text(folder / "walk.json", json.dumps({"layer": layer, "outputs": shapes}))
         (folder / f"hidden-{layer - 1:04d}.safetensors").unlink(missing_ok=True)
 
@@ -193,20 +207,20 @@ class Walk:
         if not record.exists():
             return 0
         state = json.loads(record.read_text())
-        from moecompress.model.checkpoint import read_header
-
         entries = read_header(folder / f"hidden-{state['layer']:04d}.safetensors")
         for self.layer in range(state["layer"] + 1):
             last = self.layer == state["layer"]
             if last and self.layer == len(self.opened.layers) - 1:
                 self.opened.load_rest()
-            for lane, (is_tuple, present) in enumerate(state["outputs"]):
+            read: dict[str, torch.Tensor] = {}
+            for lane, (is_tuple, names) in enumerate(state["outputs"]):
                 if last:
-                    parts = [read_entry(entries[f"{lane}.{i}"]) if there else None for i, there in enumerate(present)]
+                    read.update({name: read_entry(entries[name]) for name in names if name and name not in read})
+                    parts = [read[name] if name else None for name in names]
                 else:  # any value will do: the saved output of the last finished layer replaces it
                     waiting = self.waiting[lane]
                     assert waiting is not None
                     hidden = waiting.args[0] if waiting.args else waiting.kwargs["hidden_states"]
-                    parts = [hidden if there else None for there in present]
+                    parts = [hidden if name else None for name in names]
                 self.step(lane, tuple(parts) if is_tuple else parts[0])
         return state["layer"] + 1

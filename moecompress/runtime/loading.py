@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
 from moecompress.model.anatomy import rehearse
-from moecompress.model.checkpoint import read_header, sha256_file
+from moecompress.model.checkpoint import read_config, read_header, sha256_file
 from moecompress.model.skeleton import Loader
 from moecompress.pack.scheme import Scheme
 from moecompress.runtime import seam
 from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
-from moecompress.runtime.registration import MoecompressConfig
+from moecompress.runtime.registration import METHOD, MoecompressConfig
 
 RECORDS = "moecompress"  # folder inside the checkpoint: manifest, plan, recipe
 
@@ -46,6 +47,27 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
             new = PackedLinear(Scheme.parse(scheme), old.out_features, old.in_features, old.bias is not None, dtype)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
+
+
+def prepare(folder: Path) -> Callable[[PreTrainedModel], None] | None:
+    """For `OpenModel`: what to do to the skeleton of this folder (None: it is not compressed)."""
+    settings = read_config(folder).get("quantization_config") or {}
+    if settings.get("quant_method") != METHOD:
+        return None
+    return lambda model: install(model, MoecompressConfig(**settings))
+
+
+def load(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder, compressed or not, ready to generate; weights stay packed."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from moecompress.model.skeleton import quiet_transformers
+
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        causal = type(config) in AutoModelForCausalLM._model_mapping or trust_remote_code
+        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
 def _get(model: nn.Module, name: str) -> Any:

@@ -33,8 +33,8 @@
 namespace {
 
 constexpr int kInterface = 1;       // raise when an exported function changes; native.py refuses any other
-constexpr int kMaxTile = 8;         // vectors x that share one decoding of a row
-constexpr int64_t kItemBytes = 1 << 15;  // codes in one item of work: fits the second-level cache with its x
+constexpr int64_t kItemBytes = 1 << 15;  // codes in one item of work: they stay in the second-level cache
+constexpr int64_t kMaxRows = 128;        // rows in one item of work
 
 enum Status : int { kOk = 0, kBadBank = 1, kBadSlot = 2, kBadArgument = 3, kNoMemory = 4 };
 enum Type : int { kFloat32 = 0, kBfloat16 = 1 };
@@ -161,10 +161,10 @@ struct Kernels {
 #define MOEC_NAME "avx512"
 #define MOEC_AVX512
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 #include "int_matmul.cpp"
 #if defined(__clang__)
@@ -188,7 +188,7 @@ std::vector<const Kernels*> available() {  // best first
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
     sets.push_back(&avx512::kernels);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::kernels);
 #endif
@@ -239,7 +239,7 @@ std::vector<Rows> cut_work(const Bank& b, const Layout& l, const int32_t* slots,
   for (int64_t s = 0; s < count; s++)
     if (slots[s] >= 0) order[size_t(next[size_t(slots[s])]++)] = int32_t(s);
 
-  const int64_t step = std::max<int64_t>(8, kItemBytes / l.row_bytes / 8 * 8);
+  const int64_t step = std::clamp<int64_t>(kItemBytes / l.row_bytes / 8 * 8, 8, kMaxRows);
   std::vector<Rows> items;
   for (int64_t m = 0; m < b.count; m++) {
     const int64_t from = end[size_t(m)], tokens = end[size_t(m) + 1] - from;
@@ -485,6 +485,40 @@ struct Group<2> : Table<2> {
   }
 };
 
+#endif
+
+#if defined(MOEC_AVX512)
+
+// Sixteen 4-bit indices in a 64-bit word, as two 32-bit words broadcast alternately (one instruction): lane 2j decodes
+// column j, lane 2j + 1 column 8 + j.
+template <int BITS>
+struct Nibbles : Table<BITS> {
+  static constexpr bool kPlainOrder = false;
+  MOEC_INLINE Block look_up(uint64_t nibbles) const {
+    return {this->at((U)_mm512_set1_epi64(int64_t(nibbles)) >> (lanes() / 2 * 4))};
+  }
+};
+
+template <>
+struct Group<4> : Nibbles<4> {
+  MOEC_INLINE Block weights(const uint8_t* low, const uint8_t*) const { return look_up(read<8>(low)); }
+};
+
+template <>
+struct Group<3> : Nibbles<3> {  // the scalar unit, else idle, joins the planes
+  MOEC_INLINE Block weights(const uint8_t* low, const uint8_t* high) const {
+    return look_up(_pdep_u64(read<4>(low), 0x3333333333333333) | _pdep_u64(read<2>(high), 0x4444444444444444));
+  }
+};
+
+MOEC_INLINE Block shuffle(const Block& b, U index) { return {(F)_mm512_permutexvar_ps((__m512i)index, (__m512)b.part[0])}; }
+MOEC_INLINE Block to_decoded_order(const Block& b) { return shuffle(b, lanes() / 2 + (lanes() & 1) * 8); }
+MOEC_INLINE Block to_plain_order(const Block& b) { return shuffle(b, (lanes() & 7) * 2 + (lanes() >> 3)); }
+
+#else
+
+#if defined(MOEC_AVX2)
+
 template <>
 struct Group<3> : Table<3> {
   static constexpr bool kPlainOrder = true;
@@ -500,24 +534,6 @@ struct Group<3> : Table<3> {
 };
 
 #endif
-
-#if defined(MOEC_AVX512)
-
-template <>
-struct Group<4> : Table<4> {
-  // Two words are broadcast alternately (one instruction); lane 2j decodes column j, lane 2j + 1 column 8 + j.
-  static constexpr bool kPlainOrder = false;
-  MOEC_INLINE Block weights(const uint8_t* low, const uint8_t*) const {
-    const U words = (U)_mm512_set1_epi64(int64_t(read<8>(low)));
-    return {at(words >> (lanes() / 2 * 4))};
-  }
-};
-
-MOEC_INLINE Block shuffle(const Block& b, U index) { return {(F)_mm512_permutexvar_ps((__m512i)index, (__m512)b.part[0])}; }
-MOEC_INLINE Block to_decoded_order(const Block& b) { return shuffle(b, lanes() / 2 + (lanes() & 1) * 8); }
-MOEC_INLINE Block to_plain_order(const Block& b) { return shuffle(b, (lanes() & 7) * 2 + (lanes() >> 3)); }
-
-#else
 
 MOEC_INLINE Block to_decoded_order(const Block& b) { return b; }
 MOEC_INLINE Block to_plain_order(const Block& b) { return b; }
@@ -554,7 +570,7 @@ struct Sixteen {
     if (row.zeros) fetch<2 * BITS>(bytes, row.zeros + first * BITS / 8, l.zero_bytes - first * BITS / 8);
     for (int p = 0; p < P; p++) {
       F z = splat(((1 << BITS) - 1) * 0.5f);
-      if (row.zeros) z = to_float(BITS == 8 ? widen(bytes + p * L) : unpack<BITS>(bytes, p));
+      if (row.zeros) z = to_float(unpack<BITS>(bytes, p));
       std::memcpy(zero + p * L, &z, sizeof z);
     }
   }
@@ -568,39 +584,43 @@ struct Sixteen {
       for (int64_t i = 0; i < left; i++) to[i] = from[i];
   }
 
-  // Register p of 16 numbers of BITS bits: eight of them lie in one 32-bit word.
+  // Register p of 16 numbers of BITS bits; below 8 bits, eight of them lie in one 32-bit word.
   template <int BITS>
   static MOEC_INLINE U unpack(const uint8_t* bytes, int p) {
-    const uint64_t stream = read<2 * (BITS == 8 ? 4 : BITS)>(bytes);
-    const U words[2] = {splat(uint32_t(stream)), splat(uint32_t(stream >> (8 * BITS)))};
-    const U index = lanes() + uint32_t(p * L);
-    const U word = L == 16 ? (index < 8 ? words[0] : words[1]) : words[p * L / 8];
-    return (word >> ((index & 7) * BITS)) & ((1u << BITS) - 1);
+    if constexpr (BITS == 8) {
+      return widen(bytes + p * L);
+    } else {
+      const uint64_t stream = read<2 * BITS>(bytes);
+      const U first = splat(uint32_t(stream)), second = splat(uint32_t(stream >> (8 * BITS)));
+      const U index = lanes() + uint32_t(p * L);
+      return ((index < 8 ? first : second) >> ((index & 7) * BITS)) & ((1u << BITS) - 1);
+    }
   }
 };
 
-// R rows times T vectors x at once: R * T sums stay in registers, and each block of x is loaded once for R rows.
+// y += R rows times T vectors x, over the blocks from ... to - 1. R * T sums stay in registers, and each block of x is
+// loaded once for R rows. `from` is at a group whose number is a multiple of 8.
 template <int BITS, int R, int T>
-MOEC_INLINE void tile(const Layout& l, const Row* rows, const float* const* x, float (*y)[kMaxTile]) {
+MOEC_INLINE void tile(const Layout& l, const Row* rows, const float* const* x, int64_t from, int64_t to, float* const* y) {
   constexpr int low_step = 2 * (BITS == 3 ? 2 : BITS);
   Block total[R][T] = {};
   Sixteen of[R];
-  for (int64_t block = 0, group = 0; block < l.blocks; group++) {
+  const int64_t first = from / l.blocks_per_group;
+  for (int64_t block = from, group = 0; block < to; group++) {
     if (group % 16 == 0)
-      for (int r = 0; r < R; r++) of[r].template read_from<BITS>(rows[r], l, group);
+      for (int r = 0; r < R; r++) of[r].template read_from<BITS>(rows[r], l, first + group);
     Group<BITS> of_row[R];
     for (int r = 0; r < R; r++) of_row[r].set(of[r].scale[group % 16], of[r].zero[group % 16]);
-    const int64_t end = std::min(block + l.blocks_per_group, l.blocks);
+    const int64_t end = std::min(block + l.blocks_per_group, to);
     for (; block < end; block++)
       for (int r = 0; r < R; r++) {
         const Block w = of_row[r].weights(rows[r].low + low_step * block, rows[r].high + 2 * block);
-        for (int t = 0; t < T; t++) {
+        for (int t = 0; t < T; t++)
           for (int p = 0; p < P; p++) total[r][t].part[p] += w.part[p] * load(x[t] + 16 * block + p * L);
-        }
       }
   }
   for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) y[r][t] = sum(total[r][t]);
+    for (int t = 0; t < T; t++) y[r][t] += sum(total[r][t]);
 }
 
 MOEC_INLINE void put(void* out, int64_t at, float value, int type) {
@@ -610,51 +630,66 @@ MOEC_INLINE void put(void* out, int64_t at, float value, int type) {
     static_cast<uint16_t*>(out)[at] = to_bfloat16(value);
 }
 
-// All rows of the item times up to T of its vectors x, from the vector `from` on; missing ones repeat the last.
+// All rows of the item times up to T of its vectors x, from the vector `token` on; missing ones repeat the last.
 template <int BITS, int T>
-void columns(const Bank& b, const Layout& l, const Rows& item, int from, const float* x, int64_t stride, void* y, int type) {
+void columns(const Bank& b, const Layout& l, const Rows& item, int token, const float* x, int64_t stride, void* y, int type) {
   constexpr int R = L == 16 ? (T == 8 ? 2 : 4) : (T >= 4 ? 1 : 4 / T);  // so many sums fit the registers
+  // The part of x in use stays in the first-level cache (32 KB). With one vector, its single pass needs no cache.
+  const int64_t step = T == 1 ? l.blocks : 512 / T;
   const float* vectors[T];
-  for (int t = 0; t < T; t++) vectors[t] = x + stride * item.tokens[std::min(from + t, item.count - 1)];
-  for (int64_t row = item.first; row < item.last; row += R) {
-    Row rows[R];
-    for (int r = 0; r < R; r++) rows[r].seek(b, l, item.matrix * b.rows + std::min(row + r, item.last - 1));
-    float sums[R][kMaxTile];
-    tile<BITS, R, T>(l, rows, vectors, sums);
-    for (int r = 0; r < R && row + r < item.last; r++)
-      for (int t = 0; t < T && from + t < item.count; t++) put(y, item.tokens[from + t] * b.rows + row + r, sums[r][t], type);
-  }
+  for (int t = 0; t < T; t++) vectors[t] = x + stride * item.tokens[std::min(token + t, item.count - 1)];
+  float sums[kMaxRows][T] = {};
+  for (int64_t from = 0; from < l.blocks; from += step)
+    for (int64_t row = item.first; row < item.last; row += R) {
+      Row rows[R];
+      float* to[R];
+      float spare[T];
+      for (int r = 0; r < R; r++) {
+        rows[r].seek(b, l, item.matrix * b.rows + std::min(row + r, item.last - 1));
+        to[r] = row + r < item.last ? sums[row + r - item.first] : spare;
+      }
+      tile<BITS, R, T>(l, rows, vectors, from, std::min(from + step, l.blocks), to);
+    }
+  for (int64_t row = item.first; row < item.last; row++)
+    for (int t = 0; t < T && token + t < item.count; t++)
+      put(y, item.tokens[token + t] * b.rows + row, sums[row - item.first][t], type);
 }
 
 template <int BITS>
 void multiply(const Bank& b, const Layout& l, const Rows& item, const float* x, int64_t stride, void* y, int type) {
-  for (int from = 0; from < item.count;) {
-    const int left = item.count - from;
+  for (int token = 0; token < item.count;) {
+    const int left = item.count - token;
     if (left > 4 && L == 16) {
-      columns<BITS, 8>(b, l, item, from, x, stride, y, type), from += 8;
+      columns<BITS, 8>(b, l, item, token, x, stride, y, type), token += 8;
     } else if (left > 2) {
-      columns<BITS, 4>(b, l, item, from, x, stride, y, type), from += 4;
+      columns<BITS, 4>(b, l, item, token, x, stride, y, type), token += 4;
     } else if (left > 1) {
-      columns<BITS, 2>(b, l, item, from, x, stride, y, type), from += 2;
+      columns<BITS, 2>(b, l, item, token, x, stride, y, type), token += 2;
     } else {
-      columns<BITS, 1>(b, l, item, from, x, stride, y, type), from += 1;
+      columns<BITS, 1>(b, l, item, token, x, stride, y, type), token += 1;
     }
   }
 }
 
-MOEC_INLINE void store(void* out, const float* values, int64_t count, int type) {
-  if (type == kFloat32)
-    std::memcpy(out, values, size_t(count) * 4);
-  else
-    for (int64_t i = 0; i < count; i++) put(out, i, values[i], type);
+MOEC_INLINE void store(float* out, const Block& w) { std::memcpy(out, &w, sizeof w); }
+
+MOEC_INLINE void store(uint16_t* out, const Block& w) {  // as to_bfloat16
+  for (int p = 0; p < P; p++) {
+    const U bits = (U)w.part[p];
+    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U result = (bits & 0x7fffffff) > 0x7f800000 ? splat(uint32_t{0x7fc0}) : rounded;
+#if defined(MOEC_AVX512)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16((__m512i)result));
+#else
+    for (int i = 0; i < L; i++) out[p * L + i] = uint16_t(result[i]);
+#endif
+  }
 }
 
-template <int BITS>
-void dequantize(const Bank& b, const Layout& l, int64_t matrix, int64_t first, int64_t last, void* out, int type) {
+template <int BITS, class T>
+void dequantize(const Bank& b, const Layout& l, int64_t matrix, int64_t first, int64_t last, T* out) {
   constexpr int low_step = 2 * (BITS == 3 ? 2 : BITS);
-  const int64_t each = type == kFloat32 ? 4 : 2;
-  char* to = static_cast<char*>(out);
-  for (int64_t r = first; r < last; r++) {
+  for (int64_t r = first; r < last; r++, out += b.cols) {
     Row row;
     row.seek(b, l, matrix * b.rows + r);
     Sixteen of;
@@ -666,14 +701,14 @@ void dequantize(const Bank& b, const Layout& l, int64_t matrix, int64_t first, i
       for (; block < end; block++) {
         Block w = here.weights(row.low + low_step * block, row.high + 2 * block);
         if constexpr (!Group<BITS>::kPlainOrder) w = to_plain_order(w);
-        float values[16];
-        std::memcpy(values, &w, sizeof values);
-        const int64_t count = std::min<int64_t>(16, b.cols - 16 * block);
-        if (count == 16)
-          store(to, values, 16, type);
-        else
-          store(to, values, count, type);
-        to += count * each;
+        const int64_t left = b.cols - 16 * block;
+        if (left >= 16) {
+          store(out + 16 * block, w);
+        } else {
+          T values[16];
+          store(values, w);
+          std::memcpy(out + 16 * block, values, size_t(left) * sizeof(T));
+        }
       }
     }
   }
@@ -699,18 +734,26 @@ void prepare(const Bank& b, const void* x, int type, float* prepared) {
 }
 
 void prepare_any(const Bank& b, const void* x, int type, float* prepared) {
-  (b.bits == 4 ? prepare<4> : prepare<8>)(b, x, type, prepared);  // only 4 bits may have an order of their own
+  (b.bits == 3 || b.bits == 4 ? prepare<4> : prepare<8>)(b, x, type, prepared);  // 3 and 4 bits share an order
 }
 
 void multiply_any(const Bank& b, const Layout& l, const Rows& item, const float* x, int64_t stride, void* y, int type) {
   (b.bits == 2 ? multiply<2> : b.bits == 3 ? multiply<3> : b.bits == 4 ? multiply<4> : multiply<8>)(b, l, item, x, stride, y, type);
 }
 
+template <class T>
+void dequantize_to(const Bank& b, const Layout& l, int64_t matrix, int64_t first, int64_t last, T* out) {
+  (b.bits == 2   ? dequantize<2, T>
+   : b.bits == 3 ? dequantize<3, T>
+   : b.bits == 4 ? dequantize<4, T>
+                 : dequantize<8, T>)(b, l, matrix, first, last, out);
+}
+
 void dequantize_any(const Bank& b, const Layout& l, int64_t matrix, int64_t first, int64_t last, void* out, int type) {
-  (b.bits == 2   ? dequantize<2>
-   : b.bits == 3 ? dequantize<3>
-   : b.bits == 4 ? dequantize<4>
-                 : dequantize<8>)(b, l, matrix, first, last, out, type);
+  if (type == kFloat32)
+    dequantize_to(b, l, matrix, first, last, static_cast<float*>(out));
+  else
+    dequantize_to(b, l, matrix, first, last, static_cast<uint16_t*>(out));
 }
 
 const Kernels kernels = {MOEC_NAME, prepare_any, multiply_any, dequantize_any};

@@ -1,0 +1,113 @@
+"""From a capture to what quantizers and the allocator need of each expert: Hessians and output sensitivities.
+
+Pure functions of (experts module, capture), computed for a chunk of experts at a time so that memory stays bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moecompress.calibrate.capture import Capture, Routed, route
+from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, projections
+from moecompress.quantize.hessian import moment, shrink, token_weights
+
+#: Tokens of the layer that every expert is shown, routed to it or not, to fill in where its own tokens are few.
+POOL_TOKENS = 512
+#: Step of the central difference for the activation's slope, relative to the spread of the pre-activations.
+SLOPE_STEP = 1e-2
+
+
+@dataclass(frozen=True)
+class ExpertMoments:
+    """A chunk of n experts.
+
+    weights: projection -> float32 [n, out, in]. hessian: projection -> float32 [n, in, in], mean over tokens weighted by
+    the power of the gate and shrunk. row_weight: projection -> [n, out], how much a squared error of that output row (of
+    gate or up: before the activation) becomes squared error of the expert's output. mass: [n] Σ g² over tokens.
+    """
+
+    experts: list[int]
+    weights: dict[str, torch.Tensor]
+    hessian: dict[str, torch.Tensor]
+    row_weight: dict[str, torch.Tensor]
+    mass: torch.Tensor
+
+
+def chunk_size(layout: ExpertsLayout, workspace_bytes: int) -> int:
+    """How many experts fit: their float32 weights, Hessians and about four working copies of each."""
+    square = layout.hidden**2 + layout.width**2
+    one = 4 * (3 * square + 5 * len(layout.projections) * layout.hidden * layout.width)
+    return max(1, min(layout.experts, workspace_bytes // one))
+
+
+def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, hessian: str, prior: float, chunk: int,
+                   sensitivity: bool = False) -> Iterator[ExpertMoments]:  # fmt: skip
+    """Moments of all experts, ``chunk`` at a time. ``prior``: tokens at which own and pooled Hessian weigh the same."""
+    routed = route(capture, layout.experts)
+    usable = capture.keep.nonzero().squeeze(1)
+    pick = usable[torch.linspace(0, len(usable) - 1, min(POOL_TOKENS, len(usable))).long()] if len(usable) else usable
+    pool = capture.hidden[pick].float()
+    pool_in = moment(capture.hidden[usable].float()) / max(1, len(usable))
+    stored = projections(module, layout)
+    for first in range(0, layout.experts, chunk):
+        experts = list(range(first, min(first + chunk, layout.experts)))
+        weights = {name: tensor[first : experts[-1] + 1].float().contiguous() for name, tensor in stored.items()}
+        parts = [
+            _one(module, layout, capture, routed, e, {n: w[i] for n, w in weights.items()}, pool, pool_in, hessian, prior, sensitivity)
+            for i, e in enumerate(experts)
+        ]  # fmt: skip
+        inputs = torch.stack([part[0] for part in parts])
+        inner = torch.stack([part[1] for part in parts])
+        yield ExpertMoments(
+            experts,
+            weights,
+            {name: inner if name == DOWN else inputs for name in layout.projections},
+            {name: torch.stack([part[2][name] for part in parts]) for name in parts[0][2]},
+            torch.tensor([part[3] for part in parts]),
+        )
+
+
+def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert: int, weights: dict[str, torch.Tensor],
+         pool: torch.Tensor, pool_in: torch.Tensor, hessian: str, prior: float, sensitivity: bool):  # fmt: skip
+    pairs = routed.of(expert)
+    gate = routed.gate[pairs]
+    x = capture.hidden[routed.token[pairs]].float()
+    omega = token_weights(gate, hessian)
+    mass = float(omega.sum())
+    x_in = shrink(moment(x, omega), mass, len(x), pool_in, prior * layout.hidden)
+    pre = _pre(weights, x)
+    pool_pre = _pre(weights, pool)
+    a, a_pool = (activate(module, layout, *p, expert).float() for p in (pre, pool_pre))
+    inner = shrink(moment(a, omega), mass, len(x), moment(a_pool) / max(1, len(pool)), prior * layout.width)
+    rows = _row_weights(module, layout, expert, weights, pre if len(x) else pool_pre, gate.square() if len(x) else None) if sensitivity else {}
+    return x_in, inner, rows, float(gate.square().sum())
+
+
+def _pre(weights: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Pre-activations (gate or None, up), each [T, m]."""
+    return (x @ weights[GATE].T if GATE in weights else None), x @ weights[UP].T
+
+
+def _row_weights(module, layout: ExpertsLayout, expert: int, weights: dict[str, torch.Tensor],
+                 pre: tuple[torch.Tensor | None, torch.Tensor], omega: torch.Tensor | None) -> dict[str, torch.Tensor]:  # fmt: skip
+    """First-order: an error ε in pre-activation c moves the output by D[:, c] · a'_c · ε."""
+    gate, up = pre
+    reach = weights[DOWN].square().sum(0)  # (m,)
+    omega = torch.ones(len(up)) if omega is None or float(omega.sum()) == 0 else omega
+    omega = (omega / omega.sum())[:, None]
+    result = {DOWN: torch.ones(layout.hidden)}
+    for name in layout.projections[:-1]:
+        values = gate if name == GATE else up
+        assert values is not None
+        step = SLOPE_STEP * values.std().clamp_min(1e-6)
+        shifted = [
+            activate(module, layout, *((values + d, up) if name == GATE else (gate, values + d)), expert).float()  # type: ignore[arg-type]
+            for d in (-step, step)
+        ]
+        slope = (shifted[1] - shifted[0]) / (2 * step)
+        result[name] = reach * (omega * slope.square()).sum(0)
+    return result

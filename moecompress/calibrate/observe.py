@@ -1,0 +1,214 @@
+"""The calibration walk: one pass of the original model that measures routing, harm and sensitivity of every layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from moecompress.calibrate.capture import Capture, recording, route
+from moecompress.calibrate.moments import chunk_size, expert_moments
+from moecompress.calibrate.statistics import LayerStatistics, Statistics
+from moecompress.model.anatomy import MoELayer
+from moecompress.model.checkpoint import write_shard, write_text
+from moecompress.model.experts import ExpertsLayout, parameters_from, projections
+from moecompress.model.walk import OpenModel, Walk
+from moecompress.pack.scheme import Scheme
+from moecompress.progress import track
+from moecompress.quantize.encode import Settings, expected_error
+from moecompress.quantize.gptq import rtn, values
+from moecompress.quantize.grid import fit
+from moecompress.runtime import seam
+
+#: What a layer's experts are replaced by when its sensitivity is measured: strong enough to rise above rounding noise of
+#: the forward pass, weak enough for KL to stay proportional to squared error.
+PROBE = Scheme(3, 64)
+#: Share of the mean gate mass that every expert gets on top of its own, so that one that calibration text hardly used
+#: is not treated as worthless on other text.
+PRIOR_MASS = 0.05
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids [N, L] cut into micro-batches, the mask of tokens that count, and how Hessians are made."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    micro_batch: int
+    hessian: str
+    shrink: float
+    workspace_bytes: int
+    text: str = ""
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        return list(self.ids.split(self.micro_batch))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.ids.numpy().tobytes())
+        digest.update(self.mask.numpy().tobytes())
+        digest.update(json.dumps([self.micro_batch, self.hessian, self.shrink]).encode())
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], settings: Settings, work: Path) -> Statistics:
+    """Statistics of every MoE layer. ``work`` holds finished layers, so that a killed run goes on behind them."""
+    work.mkdir(parents=True, exist_ok=True)
+    moe = opened.anatomy.moe
+    sources = calibration.batches
+    probes = {layer: index % len(sources) for index, layer in enumerate(sorted(moe))}  # layer -> lane it perturbs a copy of
+    lanes = {layer: len(sources) + index for index, layer in enumerate(sorted(moe))}
+    seam_on(opened)
+    with Walk(opened, [*sources, *(sources[lane] for lane in probes.values())]) as walk:
+        start = walk.restore(work)
+        energy: dict[int, float] = {int(k): v for k, v in _read(work / "energy.json").items()}
+        for layer in track(walk.layers(start), "calibrate", len(opened.layers) - start):
+            outputs: list[Any] = [None] * len(walk.waiting)
+            if layer in moe:
+                capture, clean = _capture(walk, moe[layer], calibration, outputs, probes[layer])
+                statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings)
+                outputs[lanes[layer]], energy[layer] = _perturb(walk, moe[layer], lanes[layer], clean)
+                write_shard(work / f"layer-{layer:04d}.safetensors", statistics)
+            else:
+                for lane in range(len(sources)):
+                    outputs[lane] = walk.run(lane)
+            for probed, lane in lanes.items():
+                if probed > layer:  # not perturbed yet: the same values as its source
+                    outputs[lane] = outputs[probes[probed]]
+                elif probed < layer:
+                    outputs[lane] = walk.run(lane)
+            last = layer == len(opened.layers) - 1
+            if not last:
+                if walk.resumable():
+                    write_text(work / "energy.json", json.dumps(energy))
+                    walk.save(work, layer, outputs)
+                for lane, output in enumerate(outputs):
+                    walk.step(lane, output)
+                    outputs[lane] = None
+            else:
+                divergence = _divergences(walk, outputs, probes, lanes)
+    layers = {}
+    for layer in sorted(moe):
+        saved = load_file(work / f"layer-{layer:04d}.safetensors")
+        tokens = int(calibration.mask.sum())
+        layers[layer] = LayerStatistics(**saved, tokens=tokens, sensitivity=divergence[layer] / max(energy[layer], 1e-30))
+    layers = _smooth(layers)
+    return Statistics([s.name for s in schemes], list(moe[min(moe)].layout.projections), layers,
+                      calibration.fingerprint(), calibration.text)  # fmt: skip
+
+
+def seam_on(opened: OpenModel) -> None:
+    """Route every experts module of the skeleton through our implementation, which can show what it is given."""
+    seam.register()
+    for layer in opened.anatomy.moe.values():
+        opened.model.get_submodule(layer.module).config._experts_implementation = seam.NAME
+
+
+def _capture(walk: Walk, moe: MoELayer, calibration: Calibration, outputs: list[Any], watched: int
+             ) -> tuple[Capture, torch.Tensor]:  # fmt: skip
+    """Run a layer on all calibration batches; also returns the experts' output on the ``watched`` one."""
+    experts = walk.opened.model.get_submodule(moe.module)
+    block = walk.opened.model.get_submodule(moe.module.rpartition(".")[0])
+    clean = None
+    with recording(block, experts) as recorder:
+        for lane in range(len(calibration.batches)):
+            with expert_outputs(experts) as seen:
+                outputs[lane] = walk.run(lane)
+            if lane == watched:
+                clean = torch.cat(seen)
+    assert clean is not None
+    return recorder.capture(calibration.mask), clean
+
+
+def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Calibration, schemes: list[Scheme],
+             settings: Settings) -> dict[str, torch.Tensor]:  # fmt: skip
+    layout, experts = moe.layout, opened.model.get_submodule(moe.module)
+    routed = route(capture, layout.experts)
+    index = torch.repeat_interleave(torch.arange(layout.experts), routed.counts)
+    zeros = torch.zeros(layout.experts, dtype=torch.float64)
+    gate_sum = zeros.index_add(0, index, routed.gate.double())
+    gate_square = zeros.index_add(0, index, routed.gate.double().square())
+    harm = torch.zeros(layout.experts, len(layout.projections), len(schemes), dtype=torch.float64)
+    chunk = chunk_size(layout, calibration.workspace_bytes)
+    for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, sensitivity=True):
+        names = [f"{moe.module}.{e}" for e in moments.experts]
+        mass = gate_square[moments.experts] + PRIOR_MASS * gate_square.mean()
+        for p, projection in enumerate(layout.projections):
+            error = expected_error(moments.weights[projection], moments.hessian[projection], moments.row_weight[projection],
+                                   schemes, names, settings)  # fmt: skip
+            harm[moments.experts, p] = error * mass[:, None]
+    return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm}
+
+
+def _perturb(walk: Walk, moe: MoELayer, lane: int, clean: torch.Tensor) -> tuple[Any, float]:
+    """Run a layer with coarsely rounded experts; returns its output and the squared error of the experts' output."""
+    experts = walk.opened.model.get_submodule(moe.module)
+    with rounded(experts, moe.layout), expert_outputs(experts) as seen:
+        output = walk.run(lane)
+    return output, float((torch.cat(seen).double() - clean.double()).square().sum())
+
+
+@contextmanager
+def rounded(experts: nn.Module, layout: ExpertsLayout) -> Iterator[None]:
+    """The experts' weights rounded to nearest in the PROBE scheme, put back afterwards."""
+    original = {name: experts._parameters[name] for name in layout.parameters}
+    weights = {}
+    for name, stored in projections(experts, layout).items():
+        coarse = torch.empty_like(stored, memory_format=torch.contiguous_format)
+        for expert in range(layout.experts):
+            one = stored[expert : expert + 1].float()
+            grid = fit(one, torch.ones(1, one.shape[-1]), PROBE.bits, PROBE.group, PROBE.symmetric)
+            coarse[expert] = values(rtn(one, grid), grid)[0].to(coarse.dtype)
+        weights[name] = coarse
+    for name, tensor in parameters_from(weights, layout).items():
+        experts._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    del weights
+    try:
+        yield
+    finally:
+        for name, parameter in original.items():
+            experts._parameters[name] = parameter
+
+
+@contextmanager
+def expert_outputs(experts: nn.Module) -> Iterator[list[torch.Tensor]]:
+    seen: list[torch.Tensor] = []
+    hook = experts.register_forward_hook(lambda _m, _i, output: seen.append(output.detach().reshape(-1, output.shape[-1])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _divergences(walk: Walk, outputs: list[Any], probes: dict[int, int], lanes: dict[int, int]) -> dict[int, float]:
+    """KL(clean ‖ perturbed), summed over tokens, for the probe of every layer."""
+    result = {}
+    for source in sorted(set(probes.values())):
+        reference = F.log_softmax(walk.logits(source, outputs[source]).float(), dim=-1)
+        for layer in (layer for layer, lane in probes.items() if lane == source):
+            other = F.log_softmax(walk.logits(lanes[layer], outputs[lanes[layer]]).float(), dim=-1)
+            result[layer] = float(F.kl_div(other, reference, log_target=True, reduction="sum").double().clamp_min(0))
+    return result
+
+
+def _smooth(layers: dict[int, LayerStatistics]) -> dict[int, LayerStatistics]:
+    """Sensitivities are measured on a few sequences each: average their logarithms over neighbouring layers (1-2-1)."""
+    order = sorted(layers)
+    logs = torch.tensor([layers[i].sensitivity for i in order], dtype=torch.float64).clamp_min(1e-30).log()
+    padded = torch.cat([logs[:1], logs, logs[-1:]])
+    smooth = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    return {i: replace(layers[i], sensitivity=float(value.exp())) for i, value in zip(order, smooth, strict=True)}
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}

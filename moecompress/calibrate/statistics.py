@@ -1,0 +1,88 @@
+"""What calibration saw: routing, coverage, predicted harm of every candidate, sensitivity of every layer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from moecompress.errors import UserError
+from moecompress.model.checkpoint import write_shard, write_text
+
+#: An expert is called thinly covered below this many tokens per input channel of its widest matrix.
+THIN = 1.0
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One MoE layer, E experts, P projections, C candidates.
+
+    counts: int64 [E] tokens. gate_sum, gate_square: float64 [E], Σ g and Σ g². harm: float64 [E, P, C], expected squared
+    error of the layer's expert output, summed over the calibration tokens. tokens: how many tokens the layer saw.
+    sensitivity: nats of final KL (summed over tokens) per unit of squared error of the layer's expert output.
+    """
+
+    counts: torch.Tensor
+    gate_sum: torch.Tensor
+    gate_square: torch.Tensor
+    harm: torch.Tensor
+    tokens: int
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    schemes: list[str]
+    projections: list[str]
+    layers: dict[int, LayerStatistics]
+    fingerprint: str
+    text: str
+
+    def unreached(self) -> list[tuple[int, int]]:
+        """(layer, expert) pairs that no calibration token chose."""
+        return [(index, int(e)) for index, layer in self.layers.items() for e in (layer.counts == 0).nonzero()]
+
+    def coverage(self, width: int) -> list[dict]:
+        """Per layer: least, median and most tokens of an expert, and how many experts are unreached or thinly covered."""
+        rows = []
+        for index, layer in self.layers.items():
+            counts = layer.counts.double()
+            rows.append({"layer": index, "tokens": layer.tokens, "least": int(counts.min()), "median": int(counts.median()),
+                         "most": int(counts.max()), "unreached": int((counts == 0).sum()),
+                         "thin": int((counts < THIN * width).sum())})  # fmt: skip
+        return rows
+
+    def predicted_harm(self) -> dict[int, torch.Tensor]:
+        """Layer -> [E, P, C] predicted KL in nats per token."""
+        return {index: layer.harm * (layer.sensitivity / max(1, layer.tokens)) for index, layer in self.layers.items()}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for index, layer in self.layers.items():
+            for name in ("counts", "gate_sum", "gate_square", "harm"):
+                tensors[f"{index}.{name}"] = getattr(layer, name)
+        write_shard(folder / "statistics.safetensors", tensors)
+        record = {"version": 1, "schemes": self.schemes, "projections": self.projections, "fingerprint": self.fingerprint,
+                  "text": self.text, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
+                                                for i, s in self.layers.items()}}  # fmt: skip
+        write_text(folder / "statistics.json", json.dumps(record, indent=1))
+
+    @staticmethod
+    def load(folder: Path) -> Statistics:
+        path = folder / "statistics.json"
+        if not path.exists():
+            raise UserError(f"No statistics in {folder}", expected="statistics.json", remedy="make them with `moecompress calibrate`")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        tensors = load_file(folder / "statistics.safetensors")
+        layers = {
+            int(index): LayerStatistics(
+                *(tensors[f"{index}.{name}"] for name in ("counts", "gate_sum", "gate_square", "harm")),
+                tokens=values["tokens"], sensitivity=values["sensitivity"],
+            )
+            for index, values in record["layers"].items()
+        }  # fmt: skip
+        return Statistics(record["schemes"], record["projections"], layers, record["fingerprint"], record["text"])

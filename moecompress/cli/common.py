@@ -1,0 +1,58 @@
+"""Options that several commands share, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moecompress.errors import UserError
+
+if TYPE_CHECKING:
+    from moecompress.recipe import Recipe
+
+Model = Annotated[str, typer.Argument(help="A local folder with config.json and safetensors, or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe (see recipes/).")]
+TargetSize = Annotated[str | None, typer.Option("--target-size", help="Size of all weight files, e.g. 80MB or 14GiB.")]
+TargetBits = Annotated[float | None, typer.Option("--target-bits", help="Stored bits per routed-expert weight, overhead included.")]
+Text = Annotated[str | None, typer.Option("--text", help="Calibration text: a file or folder (txt, jsonl, parquet), a hub data set, or 'builtin'.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe setting, e.g. --set quantize.hessian=g (repeatable).")]
+Granularity = Annotated[str | None, typer.Option("--granularity", help="expert, projection or layer: what may differ, for the runtime you target.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model folder brings. Only if you trust it.")]
+
+
+def recipe_of(path: Path | None, size: str | None = None, bits: float | None = None, text: str | None = None,
+              granularity: str | None = None, overrides: list[str] | None = None) -> Recipe:  # fmt: skip
+    """The recipe file (or the defaults) with what the command line says on top."""
+    from moecompress.recipe import load_recipe, recipe_from
+
+    if size is not None and bits is not None:
+        raise UserError("Two targets", expected="--target-size or --target-bits", got="both", remedy="leave one out")
+    changes = list(overrides or [])
+    if size is not None:
+        changes += ["target.bits=null", f"target.size={size}"]
+    if bits is not None:
+        changes += ["target.size=null", f"target.bits={bits}"]
+    if text is not None:
+        changes.append(f"calibration.text={json.dumps(text)}")
+    if granularity is not None:
+        changes.append(f"allocate.granularity={granularity}")
+    return load_recipe(path, changes) if path is not None else recipe_from(changes)
+
+
+def print_json(record: Any) -> None:
+    json.dump(record, sys.stdout, default=str)
+    sys.stdout.write("\n")
+
+
+def size_text(count: float) -> str:
+    """Decimal units, as --target-size reads them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,130 @@
+"""``moecompress convert``: a dense model → a Mixture-of-Experts checkpoint, without training."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moecompress.errors import UserError
+from moecompress.progress import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHE = Path.home() / ".cache" / "moecompress"
+LENGTH = 512  # tokens of a calibration sequence
+
+MODEL = Annotated[
+    str, typer.Argument(help="Folder or hub id of a dense llama, mistral, qwen2 or qwen3 model; or `smollm2`, fetched.")
+]
+OUTPUT = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")]
+EXPERTS = Annotated[int, typer.Option(help="Routed experts of a layer.")]
+TOP_K = Annotated[int | None, typer.Option(help="Experts that compute for a token. Default: 75 % of the neurons.")]
+SHARED = Annotated[int | None, typer.Option(help="Neurons that compute for every token. Default: about a third.")]
+TEXT = Annotated[
+    str, typer.Option(help="Calibration text: `builtin`, a .txt, .jsonl or .parquet file, folder, hub id.")
+]
+SEQUENCES = Annotated[int, typer.Option(min=1, help=f"Calibration sequences of {LENGTH} tokens.")]
+SEED = Annotated[int, typer.Option(help="Seed of the text's places and of the clustering.")]
+JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def command(
+    model: MODEL,
+    output: OUTPUT,
+    experts: EXPERTS = 16,
+    top_k: TOP_K = None,
+    shared: SHARED = None,
+    text: TEXT = "builtin",
+    sequences: SEQUENCES = 32,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Turn a dense model into a Mixture of Experts, without training.
+
+    Each feed-forward layer becomes a shared part and experts of neurons that fire together, with a fitted router. The
+    result is an ordinary transformers checkpoint (glm4_moe, bfloat16). All weights are kept: it computes less for a
+    token, and it is a Mixture of Experts to try the other commands on.
+
+    Examples:
+
+    `moecompress convert smollm2 -o demo-moe`
+
+    `moecompress convert ./dense -o ./moe --experts 8 --top-k 5 --shared 512 --text corpus.txt`
+    """
+    refuse_existing(output)
+    from moecompress.calibrate.data import token_batches
+    from moecompress.convert.dense import check_shape, convert_dense, default_shape
+
+    started = time.monotonic()
+    dense, tokenizer = load_dense(model)
+    if shared is None or top_k is None:
+        usual = default_shape(dense, experts, shared)
+        shared = usual.shared if shared is None else shared
+        top_k = usual.top_k if top_k is None else top_k
+    check_shape(dense, experts, top_k, shared)
+    ids = token_batches(tokenizer, text, sequences, LENGTH, seed).ids
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that it appears under its name in one step, complete or not at all.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        unfinished = Path(folder) / "checkpoint"
+        report = convert_dense(
+            dense, ids, unfinished, tokenizer, experts=experts, top_k=top_k, shared=shared, seed=seed
+        )
+        if output.exists():
+            output.rmdir()  # empty, or it would have been refused
+        os.replace(unfinished, output)
+    report |= {"model": model, "output": str(output), "text": text, "seconds": round(time.monotonic() - started, 1)}
+    if as_json:
+        print(json.dumps(report))
+    else:
+        say(summary(report))
+
+
+def refuse_existing(output: Path) -> None:
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output} exists", expected="a new or empty folder",
+                        remedy="choose another --output or remove it")  # fmt: skip
+
+
+def load_dense(model: str) -> tuple[PreTrainedModel, Any]:
+    """(model in float32, tokenizer) of a folder, a hub id or the word ``smollm2``."""
+    from moecompress.convert.smollm2 import load_smollm2
+
+    if model == "smollm2" and not Path(model).exists():
+        return load_smollm2(CACHE)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from moecompress.convert.dense import check_family
+
+    try:
+        check_family(AutoConfig.from_pretrained(model))  # before gigabytes are read
+        dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        return dense, AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load {model!r}",
+            expected="a folder or hub id of a transformers model with its tokenizer, or 'smollm2'",
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        ) from None
+
+
+def summary(report: dict[str, Any]) -> str:
+    error = sum(layer["error"] for layer in report["layers"]) / len(report["layers"])
+    return (
+        f"{report['output']}: {len(report['layers'])} layers, each {report['shared_width']} shared neurons and "
+        f"{report['experts']} experts of {report['expert_width']}, top-{report['top_k']}\n"
+        f"  {report['active_fraction']:.1%} of the feed-forward neurons compute for a token; "
+        f"{report['routed_fraction']:.1%} of them are routed\n"
+        f"  an expert serves {report['least_used_share']:.1%} to {report['most_used_share']:.1%} of the tokens\n"
+        f"  mean relative error of a layer {error:.4f}; {report['seconds']:.0f} s"
+    )

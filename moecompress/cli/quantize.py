@@ -1,0 +1,97 @@
+"""moecompress quantize: a checkpoint and a byte budget in, a smaller checkpoint with its proof out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moecompress.cli.common import (
+    Granularity, Json, Model, Overrides, RecipeFile, TargetBits, TargetSize, Text, Trust, print_json, size_text,
+)  # fmt: skip
+
+
+def command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The compressed folder; must not exist or be empty.")],
+    target_size: TargetSize = None,
+    target_bits: TargetBits = None,
+    recipe: RecipeFile = None,
+    text: Text = None,
+    granularity: Granularity = None,
+    overrides: Overrides = None,
+    allow_fallback: Annotated[bool, typer.Option("--allow-fallback", help="Round an expert to nearest when its Hessian fails, and say so.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on behind the last finished layer of a killed run (default), or start over.")] = True,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Compress a Mixture-of-Experts checkpoint to a byte budget.
+
+    Calibrates, allocates bits to every expert matrix, quantizes layer by layer with one layer in memory, compares the plan
+    with a uniform one of the same bytes on held-out text and keeps the better, then loads the result again and measures it.
+    The output folder appears only when it is complete and verified. Killed? Run the same command again.
+
+    Examples:
+
+        moecompress quantize ./model -o out --target-size 14GB
+
+        moecompress quantize ./model -o out --target-bits 2.5 --text corpus.jsonl
+
+        moecompress quantize ./model -o out --recipe recipes/small-2bit.yaml --set quantize.hessian=g --dry-run
+    """
+    from moecompress import pipeline
+    from moecompress.cli.common import recipe_of
+
+    changes = [*(overrides or []), *(["quantize.allow_fallback=true"] if allow_fallback else [])]
+    pipeline.refuse_target(output)
+    job = pipeline.make_job(model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code)
+    result = pipeline.quantize(job, output, fresh=not resume, dry_run=dry_run)
+    record = summary(result)
+    if json_:
+        print_json(record)
+    else:
+        _print(result, record)
+
+
+def summary(result) -> dict:
+    manifest = result.manifest
+    record = {
+        "output": str(result.folder) if result.folder else None,
+        "chosen": result.chosen,
+        "predicted_kl": result.plan.harm,
+        "plan_bytes": result.plan.bytes,
+        "measured": result.measured,
+        "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in result.statistics.unreached()],
+    }
+    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks"):
+        record[key] = manifest.get(key)
+    return record
+
+
+def _print(result, record: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(result.plan.table())
+    if result.folder is None:
+        console.print("dry run: nothing was written")
+        return
+    table = Table("on held-out calibration text", "KL (nats)", "95 %", "99th percentile", "top-1 agreement", "perplexity", "original's")
+    for label, row in result.measured.items():
+        low, high = row["kl_interval_95"]
+        if label == "plan_minus_uniform":
+            table.add_row("plan − uniform", f"{row['kl_mean']:+.5f}", f"{low:+.5f} … {high:+.5f}", "", "", "", "")
+        else:
+            table.add_row(label + (" (kept)" if label == result.chosen else ""), f"{row['kl_mean']:.5f}", f"{low:.5f} … {high:.5f}",
+                          f"{row['kl_p99']:.4f}", f"{row['top1_agreement']:.2%}", f"{row['perplexity']:.3f}",
+                          f"{row['reference_perplexity']:.3f}")  # fmt: skip
+    console.print(table)
+    console.print(f"{result.folder}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}, "
+                  f"{record['bits_per_weight']:.3f} bits per expert weight, everything counted")  # fmt: skip
+    if record["fallbacks"]:
+        console.print(f"[yellow]rounded to nearest because their Hessian failed:[/yellow] {', '.join(record['fallbacks'])}")
+    if record["unreached_experts"]:
+        console.print(f"no calibration token reached: {', '.join(record['unreached_experts'])} (quantized on the layer's pooled statistics)")

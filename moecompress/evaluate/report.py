@@ -1,0 +1,80 @@
+"""The whole evaluation of a folder: divergence, size, speed, memory. One flat record."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecompress.calibrate.data import token_batches
+from moecompress.errors import UserError
+from moecompress.evaluate.divergence import compare, trace
+from moecompress.model.checkpoint import resolve
+from moecompress.model.walk import OpenModel
+from moecompress.pack.manifest import expert_bytes
+from moecompress.pipeline import compute_dtype, load_tokenizer
+from moecompress.progress import track
+from moecompress.runtime.loading import load, prepare, verify_files
+
+DECODE_TOKENS = 32
+
+
+def evaluate(model: str, reference: str, text: str, sequences: int, length: int, dtype: str = "auto", speed: bool = True,
+             trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
+    """See `moecompress evaluate --help`. ``model`` may be compressed or not (then its own divergence is measured)."""
+    folder, original = resolve(model), resolve(reference)
+    verify_files(folder)
+    tokens = token_batches(load_tokenizer(original, trust_remote_code), text, sequences, length)
+    batches = list(tokens.ids.split(1))
+    precision = compute_dtype(original, dtype)
+    first = OpenModel(original, precision, trust_remote_code)
+    second = OpenModel(folder, first.dtype, trust_remote_code, prepare=prepare(folder))
+    if set(first.anatomy.moe) != set(second.anatomy.moe) or first.config.vocab_size != second.config.vocab_size:
+        raise UserError(f"{model} was not made from {reference}", expected=f"{len(first.anatomy.moe)} MoE layers, vocabulary "
+                        f"{first.config.vocab_size}", got=f"{len(second.anatomy.moe)} and {second.config.vocab_size}",
+                        remedy="pass the original as --reference")  # fmt: skip
+    divergence = compare(second, batches, trace(first, batches))
+    files = sorted(folder.glob("*.safetensors"))
+    packed = expert_bytes(files)
+    record = divergence.summary()
+    record |= {
+        "model": str(model),
+        "reference": str(reference),
+        "text": text,
+        "compute_dtype": str(first.dtype).removeprefix("torch."),
+        "bits_per_weight": 8 * (packed or _dense_expert_bytes(second)) / first.anatomy.expert_weights,
+        "total_bytes": sum(file.stat().st_size for file in files),
+        "reference_bytes": sum(file.stat().st_size for file in original.glob("*.safetensors")),
+    }
+    if speed:
+        record |= decode_speed(folder, tokens.ids[0], trust_remote_code)
+    record["peak_memory_bytes"] = peak_memory()
+    return record
+
+
+def _dense_expert_bytes(opened: OpenModel) -> int:
+    return sum(tensor.nbytes for tensor in opened.anatomy.tensors if tensor.role == "expert")
+
+
+def decode_speed(folder: Path, ids: torch.Tensor, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Tokens per second of decoding one token at a time behind a short prompt, with the weights as they are stored."""
+    model = load(folder, trust_remote_code=trust_remote_code)
+    prompt = ids[None, :32]
+    with torch.no_grad():
+        past = model(input_ids=prompt, use_cache=True)
+        seconds = []
+        for _ in track(range(DECODE_TOKENS), "decode speed"):
+            start = time.perf_counter()
+            past = model(input_ids=past.logits[:, -1:].argmax(-1), past_key_values=past.past_key_values, use_cache=True)
+            seconds.append(time.perf_counter() - start)
+    return {"tokens_per_second": 1 / float(torch.tensor(seconds).median())}
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,91 @@
+"""Ordinary safetensors under the names of the original checkpoint: any tool that loads the original loads this."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from moecompress.errors import UserError
+from moecompress.model.checkpoint import COMPANIONS, write_index, write_shard, write_text
+from moecompress.model.experts import parameters_from
+from moecompress.model.skeleton import quiet_transformers
+from moecompress.model.walk import OpenModel
+from moecompress.pipeline import refuse_target, work_folder
+from moecompress.progress import track
+from moecompress.runtime.loading import prepare, verify_files
+from moecompress.runtime.packed import PackedExperts, PackedLinear
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
+    """Dequantize ``model`` (a folder of `moecompress quantize`) into ``output``, one decoder layer at a time."""
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}", expected=", ".join(DTYPES))
+    refuse_target(output)
+    if prepare(model) is None:
+        raise UserError(f"{model} is not a compressed folder", expected="quant_method moecompress in config.json",
+                        remedy="pass a folder made by `moecompress quantize`")  # fmt: skip
+    verify_files(model)
+    work = work_folder(output)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    opened = OpenModel(model, DTYPES[dtype], prepare=prepare(model))
+    shards = []
+    for layer in track([None, *range(opened.anatomy.num_layers)], "export"):
+        tensors = layer_tensors(opened, layer, DTYPES[dtype])
+        path = work / f"model-{len(shards):05d}-of-{opened.anatomy.num_layers + 1:05d}.safetensors"
+        write_shard(path, tensors)
+        shards.append(path)
+    write_index(work, shards)
+    config = dict(opened.checkpoint.config)
+    del config["quantization_config"]
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            section.update({key: dtype for key in ("dtype", "torch_dtype") if key in section})
+    write_text(work / "config.json", json.dumps(config, indent=2))
+    for path in model.iterdir():
+        if path.is_file() and COMPANIONS.match(path.name):
+            shutil.copyfile(path, work / path.name)
+    OpenModel(work)  # accounts for every tensor of what was written, or says which one is wrong
+    if output.exists():
+        output.rmdir()
+    os.replace(work, output)
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    return {"output": str(output), "format": "dense", "dtype": dtype, "total_bytes": size, "shards": len(shards)}
+
+
+@torch.no_grad()
+def layer_tensors(opened: OpenModel, layer: int | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors of one decoder layer (None: of everything else) under their names in the original checkpoint."""
+    kept = [info for info in opened.anatomy.of_layer(layer) if ".packed." not in info.name]
+    guards = {f"{moe.module}.down_proj" for moe in opened.anatomy.moe.values()}
+    tensors = {info.name: opened.checkpoint.read(info.name) for info in kept if info.name not in guards}
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    if layer is None:
+        return tensors
+    opened.load_layer(layer)
+    parameters: dict[str, torch.Tensor] = {}
+    for name, module in opened.layers[layer].named_modules():
+        parameters.update(_dequantized(f"{opened.anatomy.stack}.{layer}.{name}", module, dtype, opened))
+    with quiet_transformers():
+        tensors.update(revert_weight_conversion(opened.model, parameters))
+    opened.release_layer(layer)
+    return tensors
+
+
+def _dequantized(name: str, module: nn.Module, dtype: torch.dtype, opened: OpenModel) -> dict[str, torch.Tensor]:
+    if isinstance(module, PackedLinear):
+        return {f"{name}.weight": module.packed.dequantized(dtype)[0]}
+    packed = getattr(module, "packed", None)
+    if isinstance(packed, PackedExperts):
+        weights = {p: packed.dequantized(p, dtype) for p in packed.layout.projections}
+        return {f"{name}.{key}": value for key, value in parameters_from(weights, packed.layout).items()}
+    return {}

@@ -1,0 +1,58 @@
+"""What was done: the fate of every input tensor, sizes, and the sha256 of every file of the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moecompress.errors import UserError
+from moecompress.model.anatomy import EXPERT, Anatomy
+from moecompress.model.checkpoint import read_header, sha256_file, write_text
+
+VERSION = 1
+FOLDER = "moecompress"
+MANIFEST = "manifest.json"
+
+
+def fates(anatomy: Anatomy, schemes: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection)."""
+    result: dict[str, dict[str, Any]] = {}
+    for info in anatomy.tensors:
+        fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes}
+        if info.role == EXPERT:
+            module = info.target.rpartition(".")[0]
+            fate |= {"fate": "quantized", "into": f"{module}.packed"}
+        elif (linear := info.target.removesuffix(".weight")) in schemes:
+            fate |= {"fate": "quantized", "into": f"{linear}.packed", "scheme": schemes[linear]}
+        else:
+            fate["fate"] = "kept"
+        result[info.name] = fate
+    return result
+
+
+def expert_bytes(shards: Iterable[Path]) -> int:
+    """Bytes of all tensors that routed experts are rebuilt from, of the files as written."""
+    return sum(
+        entry.nbytes
+        for shard in shards
+        for name, entry in read_header(shard).items()
+        if ".packed." in name and "_banks." in name
+    )
+
+
+def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    """Add the sha256 of every file in the folder and write it. Nothing in it depends on when or where it was made."""
+    path = folder / FOLDER / MANIFEST
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != path)
+    record = {"version": VERSION, **record, "files": {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}}
+    write_text(path, json.dumps(record, indent=1, sort_keys=True))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / FOLDER / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder} has no manifest", expected=f"{FOLDER}/{MANIFEST}, as moecompress quantize writes it",
+                        remedy="pass a folder made by `moecompress quantize`")  # fmt: skip
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,373 @@
+"""The story: a checkpoint and a byte budget in, a smaller checkpoint with its proof out.
+
+open → calibrate → plan → compress → compare with the uniform plan → write → load again and measure.
+Every stage leaves its record in the work folder; a rerun with the same inputs goes on behind the last finished layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moecompress.allocate.candidates import Candidate, Unit, unit_id
+from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
+from moecompress.allocate.pmq import Factors
+from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
+from moecompress.calibrate.observe import Calibration, observe
+from moecompress.calibrate.statistics import Statistics
+from moecompress.errors import UserError
+from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
+from moecompress.model.anatomy import EXPERT, Anatomy
+from moecompress.model.checkpoint import COMPANIONS, resolve, write_index, write_text
+from moecompress.model.walk import OpenModel
+from moecompress.pack.manifest import FOLDER, expert_bytes, fates, write_manifest
+from moecompress.pack.scheme import Scheme
+from moecompress.progress import notice, say
+from moecompress.quantize.compress import Work, compress, linear_schemes, rest_shards, role_bits
+from moecompress.quantize.encode import Settings
+from moecompress.recipe import Recipe
+from moecompress.runtime.loading import prepare, verify_files
+from moecompress.runtime.registration import FORMAT_VERSION, METHOD
+
+#: Checkpoints up to this size are computed in float32; larger ones in the dtype they are stored in.
+FLOAT32_LIMIT = 2 * 1024**3
+#: Memory for the Hessians and working copies of a chunk of experts, as a share of the largest layer; and at least.
+WORKSPACE_SHARE, WORKSPACE_LEAST = 0.25, 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the stages are functions of."""
+
+    folder: Path
+    recipe: Recipe
+    tokens: TokenBatches
+    trust_remote_code: bool = False
+    text: str = "builtin"
+    opened: OpenModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "opened", self.open())
+
+    def open(self) -> OpenModel:
+        """A fresh skeleton: compressing changes it, so every pass has its own."""
+        return OpenModel(self.folder, compute_dtype(self.folder, self.recipe.compute.dtype), self.trust_remote_code)
+
+    @property
+    def heldout(self) -> list[torch.Tensor]:
+        return list(split_heldout(self.tokens, self.recipe.calibration.heldout)[1].ids.split(1))
+
+    @property
+    def calibration(self) -> Calibration:
+        used, _ = split_heldout(self.tokens, self.recipe.calibration.heldout)
+        largest = max(
+            sum(tensor.nbytes for tensor in self.opened.anatomy.of_layer(layer)) for layer in range(self.opened.anatomy.num_layers)
+        )
+        return Calibration(used.ids, used.mask, self.recipe.compute.micro_batch, self.recipe.quantize.hessian,
+                           self.recipe.quantize.shrink, max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * largest)), self.text)  # fmt: skip
+
+    @property
+    def settings(self) -> Settings:
+        q = self.recipe.quantize
+        return Settings(q.method, q.damping, q.order, q.refine, q.allow_fallback)
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        return [Scheme(c.bits, c.group, c.symmetric) for c in self.recipe.allocate.candidates]
+
+    def fingerprint(self) -> str:
+        parts = [FORMAT_VERSION, self.opened.checkpoint.fingerprint(), self.recipe.fingerprint(), self.tokens.fingerprint,
+                 str(self.opened.dtype), torch.__version__, torch.get_num_threads()]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text."""
+
+    folder: Path | None
+    plan: Plan
+    statistics: Statistics
+    chosen: str = "plan"
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def make_job(model: str, recipe: Recipe, trust_remote_code: bool = False, tokens: TokenBatches | None = None) -> Job:
+    folder = resolve(model)
+    if tokens is None:
+        c = recipe.calibration
+        tokens = token_batches(load_tokenizer(folder, trust_remote_code), c.text, c.sequences, c.length, c.seed)
+    return Job(folder, recipe, tokens, trust_remote_code, recipe.calibration.text)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"No usable tokenizer in {folder}", got=str(error).splitlines()[0],
+                        remedy="copy the tokenizer's files into the folder") from None  # fmt: skip
+
+
+def compute_dtype(folder: Path, wanted: str) -> torch.dtype | None:
+    """None: as stored."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return torch.float32 if size <= FLOAT32_LIMIT else None
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def calibrate(job: Job, work: Path) -> Statistics:
+    if (work / "statistics.json").exists():
+        statistics = Statistics.load(work)
+        if statistics.fingerprint == job.calibration.fingerprint() and statistics.schemes == [s.name for s in job.schemes]:
+            return statistics
+        shutil.rmtree(work)
+    statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work)
+    statistics.save(work)
+    return statistics
+
+
+def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
+    """The recipe's plan and the uniform plan of the same bytes."""
+    units, harm = units_of(job.opened, statistics)
+    candidates = [Candidate.parse(name) for name in statistics.schemes]
+    settings = job.recipe.allocate
+    budget = expert_budget(job, statistics)
+    if budget is not None and budget < (least := smallest_bytes(units, candidates, harm)):
+        raise too_small(job, budget, least)
+    factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None
+    made = make_plan(units, candidates, harm, budget, settings, factors=factors, seed=job.recipe.compute.seed)
+    return made, uniform_plan(units, candidates, harm, made.bytes if budget is None else budget)
+
+
+def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False) -> Result:
+    """Compress ``job`` into the folder ``out``, which appears only when it is complete and verified."""
+    refuse_target(out)
+    work = work_folder(out)
+    open_work(work, job.fingerprint(), fresh)
+    statistics = calibrate(job, work / "calibrate")
+    chosen_plan, uniform = plan(job, statistics)
+    if dry_run:
+        return Result(None, chosen_plan, statistics)
+    check_space(out, job, chosen_plan)
+    plans = {"plan": chosen_plan}
+    if job.recipe.allocate.compare == "uniform" and uniform.assignments() != chosen_plan.assignments():
+        plans["uniform"] = uniform
+    reference = trace(job.open(), job.heldout, "original on held-out text")
+    measured: dict[str, Divergence] = {}
+    manifests = {}
+    for label, each in plans.items():
+        folder = work / label
+        manifests[label] = build(job, statistics, each, folder, label)
+        measured[label] = load_and_measure(folder / "out", job.heldout, reference, job.opened.dtype)
+    winner = min(measured, key=lambda label: float(measured[label].kl.mean()))
+    summaries = {label: divergence.summary() for label, divergence in measured.items()}
+    if len(measured) == 2:
+        difference = (measured["plan"].kl - measured["uniform"].kl).mean(1)
+        summaries["plan_minus_uniform"] = {"kl_mean": float(difference.mean()), "kl_interval_95": list(bootstrap(difference))}
+        if winner == "uniform":
+            notice("the uniform plan measured better than the allocated one; it is the one that was written")
+    finish(work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}, out)
+    shutil.rmtree(work)
+    return Result(out, plans[winner], statistics, winner, summaries, manifests[winner])
+
+
+def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: str) -> dict[str, Any]:
+    """All files of a compressed checkpoint in ``folder``/out; returns its manifest without hashes."""
+    opened, out = job.open(), folder / "out"
+    q = job.recipe.quantize
+    linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
+    done = compress(opened, job.calibration, by_layer(opened.anatomy, chosen), linears, job.settings,
+                    Work(out, folder / "state"), "quantize" if label == "plan" else "quantize, uniform plan")  # fmt: skip
+    shards = sorted(out.glob("model-*.safetensors"))
+    write_index(out, shards)
+    dtype = str(opened.stored_dtype).removeprefix("torch.")
+    names: dict[str, list[str]] = {}
+    for name, scheme in linears.items():
+        names.setdefault(scheme.name, []).append(name)
+    config = dict(opened.checkpoint.config)
+    config["quantization_config"] = {"quant_method": METHOD, "version": FORMAT_VERSION, "dtype": dtype,
+                                     "experts": done["contents"], "linears": names}  # fmt: skip
+    write_text(out / "config.json", json.dumps(config, indent=2))
+    for path in job.folder.iterdir():
+        if path.is_file() and COMPANIONS.match(path.name):
+            shutil.copyfile(path, out / path.name)
+    records = out / FOLDER
+    records.mkdir(exist_ok=True)
+    write_text(records / "plan.json", chosen.to_json())
+    write_text(records / "recipe.yaml", job.recipe.to_yaml())
+    statistics.save(records)
+    weights = opened.anatomy.expert_weights
+    stored = expert_bytes(shards)
+    return {
+        "model": {"model_type": opened.anatomy.model_type, "architecture": opened.anatomy.architecture,
+                  "fingerprint": opened.checkpoint.config.get("_name_or_path") or job.folder.name},
+        "input_bytes": opened.checkpoint.nbytes,
+        "total_bytes": sum(shard.stat().st_size for shard in shards),
+        "expert_bytes": stored,
+        "expert_weights": weights,
+        "bits_per_weight": 8 * stored / weights,
+        "target": job.recipe.target.model_dump(mode="json"),
+        "calibration": {"text": job.text, "tokens": int(job.calibration.mask.sum()), "fingerprint": job.tokens.fingerprint},
+        "compute_dtype": str(job.opened.dtype).removeprefix("torch."),
+        "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in statistics.unreached()],
+        "fallbacks": done["fallbacks"],
+        "errors": done["errors"],
+        "schemes": done["schemes"],
+        "tensors": fates(opened.anatomy, done["schemes"]),
+    }  # fmt: skip
+
+
+def load_and_measure(folder: Path, batches: list[torch.Tensor], reference: Trace, dtype: torch.dtype) -> Divergence:
+    """Load a written folder again, from its files alone, and compare it with the original."""
+    return compare(OpenModel(folder, dtype, prepare=prepare(folder)), batches, reference, "compressed on held-out text")
+
+
+def finish(ready: Path, manifest: dict[str, Any], out: Path) -> None:
+    """Hash, verify, and only then give the folder its name."""
+    write_manifest(ready, manifest)
+    verify_files(ready)
+    if out.exists():
+        out.rmdir()  # empty, as refuse_target saw
+    os.replace(ready, out)
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def units_of(opened: OpenModel, statistics: Statistics) -> tuple[list[Unit], np.ndarray]:
+    """All expert matrices and their predicted harm [units, candidates]."""
+    size = opened.stored_dtype.itemsize
+    units, rows = [], []
+    for layer, harm in statistics.predicted_harm().items():
+        layout = opened.anatomy.moe[layer].layout
+        for expert in range(layout.experts):
+            for p, projection in enumerate(layout.projections):
+                units.append(Unit(unit_id(layer, expert, projection), layer, expert, projection, *layout.shape(projection), size))
+                rows.append(harm[expert, p].numpy())
+    return units, np.stack(rows)
+
+
+def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]]]:
+    """The plan as layer -> projection -> scheme of each expert."""
+    assigned = {unit: Scheme.parse(candidate.name) for unit, candidate in chosen.assignments().items()}
+    return {
+        layer: {p: [assigned[unit_id(layer, e, p)] for e in range(moe.layout.experts)] for p in moe.layout.projections}
+        for layer, moe in anatomy.moe.items()
+    }
+
+
+def index_bytes(anatomy: Anatomy) -> int:
+    """int32 per expert and projection: which expert a matrix of a bank belongs to."""
+    return sum(4 * moe.layout.experts * len(moe.layout.projections) for moe in anatomy.moe.values())
+
+
+def expert_budget(job: Job, statistics: Statistics) -> int | None:
+    """Bytes that the banks of all experts may take, indices excluded."""
+    target, anatomy = job.recipe.target, job.opened.anatomy
+    if target.bits is not None:
+        return int(target.bits * anatomy.expert_weights / 8) - index_bytes(anatomy)
+    if target.size is not None:
+        return target.size - fixed_bytes(job, statistics.schemes)
+    if job.recipe.allocate.allocator == "pmq" and job.recipe.allocate.layer_bits is not None:
+        return None
+    raise UserError("No target", expected="a size or a number of bits",
+                    remedy="pass --target-size 80MB or --target-bits 2.5, or put target.size or target.bits in the recipe")  # fmt: skip
+
+
+def fixed_bytes(job: Job, schemes: list[str]) -> int:
+    """Bytes of the shards that no plan changes: kept tensors, packed linears, indices, and the files' headers (at most)."""
+    opened, q = job.opened, job.recipe.quantize
+    linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
+    size, names = index_bytes(opened.anatomy), 0
+    for info in opened.anatomy.tensors:
+        linear = info.target.removesuffix(".weight")
+        if linear in linears:
+            size += linears[linear].nbytes(*info.shape)
+            names += 3 * (len(info.name) + 90)
+        elif info.role != EXPERT:
+            size += info.nbytes
+            names += len(info.name) + 90
+    for moe in opened.anatomy.moe.values():
+        per_bank = 4 * (len(moe.module) + 130)
+        names += len(moe.layout.projections) * min(len(schemes), moe.layout.experts) * per_bank + 130
+    shards = opened.anatomy.num_layers + len(rest_shards(opened))
+    return size + names + 100 * shards
+
+
+def too_small(job: Job, budget: int, least: int) -> UserError:
+    target = job.recipe.target
+    if target.size is not None:
+        smallest = target.size - budget + least
+        return UserError("The target size cannot be reached", expected=f"at least {smallest:,} bytes with these candidates",
+                         got=f"{target.size:,} bytes", remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
+    weights, extra = job.opened.anatomy.expert_weights, index_bytes(job.opened.anatomy)
+    return UserError("The target cannot be reached", expected=f"at least {8 * (least + extra) / weights:.4f} bits per expert weight",
+                     got=target.bits, remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
+
+
+def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
+    """PMQ's factors from our statistics: the block error is the root of the expected squared error of all projections."""
+    layers = list(statistics.layers.values())
+    return Factors(
+        frequency=np.stack([layer.counts.double().numpy() for layer in layers]),
+        weight=np.stack([layer.gate_sum.numpy() for layer in layers]),
+        error=np.stack([layer.harm.sum(1).sqrt().numpy() for layer in layers]),
+    )
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def refuse_target(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"The output folder {out} is not empty", expected="a new or empty folder",
+                        remedy="choose another -o, or remove it first")  # fmt: skip
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"Cannot write to {parent}", expected="write permission", remedy="choose another -o")
+
+
+def work_folder(out: Path) -> Path:
+    out = out.absolute()
+    return out.with_name(f".{out.name}.moecompress-work")
+
+
+def open_work(work: Path, fingerprint: str, fresh: bool) -> None:
+    """Keep the work of an earlier run only if it was of exactly this job."""
+    mark = work / "fingerprint"
+    if work.exists():
+        if not fresh and mark.exists() and mark.read_text() == fingerprint:
+            say("resuming the unfinished run found beside the output folder")
+            return
+        if not fresh:
+            notice("an unfinished run with other inputs was found beside the output folder; starting afresh")
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    write_text(mark, fingerprint)
+
+
+def check_space(out: Path, job: Job, chosen: Plan) -> None:
+    """Refuse before the long part when the disk cannot hold the result and the state for resuming."""
+    plans = 2 if job.recipe.allocate.compare == "uniform" else 1
+    hidden = job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
+    needed = plans * (chosen.bytes + fixed_bytes(job, [])) + hidden
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise UserError("The disk is too full", expected=f"{needed:,} bytes free beside {out}", got=f"{free:,}",
+                        remedy="free space, choose another -o, or set allocate.compare=none")  # fmt: skip

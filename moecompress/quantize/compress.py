@@ -1,0 +1,227 @@
+"""The compression walk: layer by layer, calibrate on what the compressed layers before deliver, round, pack, write."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecompress.calibrate.capture import Capture, recording
+from moecompress.calibrate.moments import chunk_size, expert_moments
+from moecompress.calibrate.observe import Calibration, seam_on
+from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
+from moecompress.model.checkpoint import read_header, write_shard, write_text
+from moecompress.model.walk import OpenModel, Walk
+from moecompress.pack.scheme import Scheme
+from moecompress.progress import track
+from moecompress.quantize.encode import Settings, encode
+from moecompress.runtime.packed import PackedBank, PackedLinear, pack_experts_in_place
+
+#: Group size of attention, shared-expert and dense matrices at 8 and 4 bits.
+LINEAR_GROUP = 128
+#: Shards outside the decoder layers are cut at this size.
+REST_SHARD_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one compression run writes: ``shards`` end up in the output, ``state`` is for resuming only."""
+
+    shards: Path
+    state: Path
+
+    def make(self) -> None:
+        self.shards.mkdir(parents=True, exist_ok=True)
+        self.state.mkdir(parents=True, exist_ok=True)
+
+    def layer_shard(self, layer: int, layers: int) -> Path:
+        return self.shards / f"model-layer-{layer:05d}-of-{layers:05d}.safetensors"
+
+
+def linear_schemes(opened: OpenModel, bits: dict[str, int]) -> dict[str, Scheme]:
+    """Linear layer -> scheme, for the layers that are quantized at all. ``bits``: role -> 4, 8 or 16."""
+    return {
+        name: Scheme(bits[role], LINEAR_GROUP)
+        for name, role in opened.anatomy.linears.items()
+        if bits.get(role, 16) < 16
+    }
+
+
+def role_bits(attention: int, shared: int, dense: int) -> dict[str, int]:
+    return {ATTENTION: attention, SHARED: shared, DENSE: dense}
+
+
+@torch.no_grad()
+def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[str, list[Scheme]]],
+             linears: dict[str, Scheme], settings: Settings, work: Work, label: str = "quantize") -> dict[str, Any]:  # fmt: skip
+    """Write every shard of the compressed model. Returns what was done, for the manifest.
+
+    plan: layer -> projection -> scheme of each expert. Finished layers are kept in ``work`` and not done again.
+    """
+    work.make()
+    seam_on(opened)
+    total = len(opened.layers)
+    _write_rest(opened, work)
+    done = _done(work, total)
+    if done < total:
+        with Walk(opened, calibration.batches) as walk:
+            start = walk.restore(work.state)
+            for layer in track(walk.layers(start), label, total - start):
+                record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
+                                         work.layer_shard(layer, total))  # fmt: skip
+                write_text(work.state / f"record-{layer:04d}.json", json.dumps(record))
+                if layer < total - 1:
+                    outputs = []
+                    for lane in range(len(walk.waiting)):
+                        outputs.append(walk.run(lane))
+                    if walk.resumable():
+                        walk.save(work.state, layer, outputs)
+                    for lane in range(len(outputs)):
+                        walk.step(lane, outputs[lane])
+                        outputs[lane] = None
+    records = [json.loads((work.state / f"record-{layer:04d}.json").read_text()) for layer in range(total)]
+    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
+    for record in records:
+        merged["errors"].update(record["errors"])
+        merged["schemes"].update(record["schemes"])
+        merged["contents"].update(record["contents"])
+        merged["fallbacks"] += record["fallbacks"]
+    return merged
+
+
+def _done(work: Work, layers: int) -> int:
+    count = 0
+    while count < layers and (work.state / f"record-{count:04d}.json").exists():
+        count += 1
+    return count
+
+
+def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
+                    linears: dict[str, Scheme], settings: Settings, shard: Path) -> dict[str, Any]:  # fmt: skip
+    opened = walk.opened
+    record: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
+    tensors: dict[str, torch.Tensor] = {}
+    replaced: set[str] = set()
+    prefix = f"{opened.anatomy.stack}.{layer}."
+    for name in [n for n in linears if n.startswith(prefix)]:
+        tensors.update(_pack_linear(opened, name, linears[name], record))
+        replaced.add(name + ".weight")
+    if schemes is not None:
+        moe = opened.anatomy.moe[layer]
+        capture = capture_layer(walk, moe, calibration)
+        tensors.update(_pack_experts(opened, moe, capture, schemes, calibration, settings, record))
+        replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
+    for info in opened.anatomy.of_layer(layer):
+        if info.target not in replaced:
+            tensors[info.name] = opened.checkpoint.read(info.name)
+    write_shard(shard, tensors)
+    return record
+
+
+def capture_layer(walk: Walk, moe: MoELayer, calibration: Calibration) -> Capture:
+    """What the experts of the current layer are given on all calibration batches."""
+    experts = walk.opened.model.get_submodule(moe.module)
+    block = walk.opened.model.get_submodule(moe.module.rpartition(".")[0])
+    with recording(block, experts) as recorder:
+        for lane in range(len(calibration.batches)):
+            walk.run(lane)
+    return recorder.capture(calibration.mask)
+
+
+def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Round a linear layer to nearest and swap it for a packed one; returns its tensors by name."""
+    old = opened.model.get_submodule(name)
+    encoded = encode(old.weight[None].float(), None, scheme, [name], Settings(method="rtn"))
+    new = PackedLinear(scheme, old.out_features, old.in_features, old.bias is not None, opened.stored_dtype)
+    new.bias = old.bias
+    _fill(new.packed, encoded.bank.tensors())
+    parent, _, leaf = name.rpartition(".")
+    setattr(opened.model.get_submodule(parent), leaf, new)
+    record["schemes"][name] = scheme.name
+    record["errors"][name] = float(encoded.error[0])
+    return {f"{name}.packed.{key}": value for key, value in encoded.bank.tensors().items()}
+
+
+def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]],
+                  calibration: Calibration, settings: Settings, record: dict[str, Any]) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name."""
+    layout, experts = moe.layout, opened.model.get_submodule(moe.module)
+    members: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for projection in layout.projections:
+        for expert, scheme in enumerate(schemes[projection]):
+            members[projection, scheme.name].append(expert)
+    contents = {p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections}
+    filled = _empty_banks(layout, contents, opened.stored_dtype)
+    chunk = chunk_size(layout, calibration.workspace_bytes)
+    for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
+        for projection in layout.projections:
+            chosen: dict[Scheme, list[int]] = defaultdict(list)
+            for position, expert in enumerate(moments.experts):
+                chosen[schemes[projection][expert]].append(position)
+            for scheme, positions in chosen.items():
+                ids = [moments.experts[i] for i in positions]
+                names = [f"{moe.module}.{e}.{projection}" for e in ids]
+                slots = [members[projection, scheme.name].index(e) for e in ids]
+                bank = filled[projection, scheme.name]
+                weights = moments.weights[projection][positions]
+                if scheme.bits == 16:
+                    bank.weight[slots] = weights.to(bank.weight.dtype)
+                    continue
+                encoded = encode(weights, moments.hessian[projection][positions], scheme, names, settings)
+                for key, value in encoded.bank.tensors().items():
+                    getattr(bank, key)[slots] = value
+                record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
+                record["fallbacks"] += encoded.fallen
+    packed = pack_experts_in_place(experts, contents, opened.stored_dtype)
+    tensors = {f"{moe.module}.down_proj": torch.zeros(1, dtype=torch.uint8)}
+    experts.down_proj = tensors[f"{moe.module}.down_proj"]
+    for (projection, name), found in members.items():
+        bank = filled[projection, name]
+        bank.register_buffer("experts", torch.tensor(found, dtype=torch.int32))
+        packed.banks(projection)[name] = bank
+        where = f"{moe.module}.packed.{projection}_banks.{name}"
+        tensors.update({f"{where}.{key}": value for key, value in bank.named_buffers()})
+    record["contents"][moe.module] = contents
+    for projection in layout.projections:
+        record["schemes"].update({f"{moe.module}.{e}.{projection}": s.name for e, s in enumerate(schemes[projection])})
+    return tensors
+
+
+def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype) -> dict[tuple[str, str], PackedBank]:
+    return {
+        (projection, name): PackedBank(Scheme.parse(name), count, *layout.shape(projection), dtype)
+        for projection, schemes in contents.items()
+        for name, count in schemes.items()
+    }
+
+
+def _fill(bank: PackedBank, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        getattr(bank, name).copy_(tensor)
+
+
+def _write_rest(opened: OpenModel, work: Work) -> None:
+    """Copy what is outside the decoder layers, unchanged, a bounded number of bytes at a time."""
+    for index, batch in enumerate(rest_shards(opened)):
+        shard = work.shards / f"model-rest-{index:05d}.safetensors"
+        if not (shard.exists() and set(read_header(shard)) == {info.name for info in batch}):
+            write_shard(shard, {info.name: opened.checkpoint.read(info.name) for info in batch})
+
+
+def rest_shards(opened: OpenModel) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = []
+    room = 0
+    for info in opened.anatomy.of_layer(None):
+        if info.nbytes > room:
+            shards.append([])
+            room = REST_SHARD_BYTES
+        shards[-1].append(info)
+        room -= info.nbytes
+    return shards
+
+
