@@ -148,6 +148,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = cols, rows
         self.packed = PackedBank(scheme, 1, rows, cols, dtype)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
+        self._is_hf_initialized = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.in_features)
@@ -178,4 +179,5 @@ def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]]
         del module._parameters[name]
     module.register_buffer("down_proj", torch.empty(1, dtype=torch.uint8))
     module.packed = packed
+    module._is_hf_initialized = True  # transformers' initialisation of new modules would look for the weights that went
     return packed
