@@ -27,6 +27,7 @@ from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
 from moecompress.model.anatomy import EXPERT, Anatomy
 from moecompress.model.checkpoint import COMPANIONS, resolve, write_index, write_text
+from moecompress.model.skeleton import first_line, load_config
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates, write_manifest
 from moecompress.pack.scheme import Scheme
@@ -112,11 +113,15 @@ def make_job(model: str, recipe: Recipe, trust_remote_code: bool = False, tokens
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
+    load_config(folder, trust_remote_code)  # a damaged config.json would be taken for a damaged tokenizer below
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"No usable tokenizer in {folder}", got=str(error).splitlines()[0],
-                        remedy="copy the tokenizer's files into the folder") from None  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        problem = None if tokenizer("text").input_ids else "it turns every text into nothing"
+    except Exception as error:  # damaged files raise whatever they lead to, deep inside transformers and tokenizers
+        problem = first_line(error)
+    if problem is not None:
+        raise UserError(f"No usable tokenizer in {folder}", got=problem, remedy="copy the tokenizer's files into the folder")
+    return tokenizer
 
 
 def compute_dtype(folder: Path, wanted: str) -> torch.dtype | None:

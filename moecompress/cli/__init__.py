@@ -49,6 +49,12 @@ def main() -> None:
         # Disk full, no permission, unreadable file: the operating system's own words, and what it was about.
         print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise  # a bug of ours: the traceback is what a report needs
+        print(f"error: not enough memory: {str(error).splitlines()[0] if str(error) else 'the system gave no more'}\n"
+              "  remedy:   use shorter or fewer calibration sequences, or a machine with more memory", file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last finished layer", file=sys.stderr)
         sys.exit(130)

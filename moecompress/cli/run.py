@@ -29,12 +29,13 @@ def command(
     """
     import time
 
-    from moecompress.model.checkpoint import resolve
+    from moecompress.model.checkpoint import Checkpoint, resolve
     from moecompress.pipeline import load_tokenizer
     from moecompress.progress import say
     from moecompress.runtime.loading import load
 
     folder = resolve(model)
+    Checkpoint(folder)  # reads every header: transformers would trip over a damaged one with words of its own
     tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = load(folder, trust_remote_code=trust_remote_code)
 

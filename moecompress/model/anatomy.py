@@ -25,6 +25,8 @@ EXPERT, EXPERT_BIAS, ROUTER, NORM, EMBEDDING, HEAD, IGNORED, OTHER = (
 MLA_LATENT = re.compile(r"(^|\.)(q_a_proj|q_b_proj|kv_a_proj\w*|kv_b_proj|wq_a|wq_b|wkv_a|wkv_b)$")
 ATTENTION_PATH = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 DENSE_PATH = re.compile(r"(^|\.)(mlp|ffn|feed_forward|dense)\w*\.")
+#: What weights may be stored in.
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: Narrower matrices are gates and small projections: their bytes do not matter, their error does.
 SMALLEST_LINEAR = 32
 
@@ -87,6 +89,10 @@ def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stac
     """
     ignored = rehearse(checkpoint.entries, model, loader, moe.values())
     targets = loader.targets(list(checkpoint.entries))
+    top_k = _top_k(model)
+    if top_k is not None and not 0 < top_k <= min(layer.layout.experts for layer in moe.values()):
+        raise UserError("config.json asks for an impossible number of experts per token", expected="1 to "
+                        f"{min(layer.layout.experts for layer in moe.values())}", got=top_k, remedy="download config.json again")  # fmt: skip
     roles = _Roles(model, stack, moe)
     prefix = stack + "."
     tensors = []
@@ -94,17 +100,25 @@ def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stac
         target = targets[name]
         layer = int(target[len(prefix) :].split(".")[0]) if target.startswith(prefix) and name not in ignored else None
         role = IGNORED if name in ignored else roles.of(target)
+        _refuse_codes(entry, loader.expected.get(target))
         tensors.append(TensorInfo(name, target, role, layer, entry.shape, entry.dtype, entry.nbytes))
     return Anatomy(
         model_type=model.config.model_type,
         architecture=type(model).__name__,
         stack=stack,
         num_layers=len(model.get_submodule(stack)),
-        top_k=_top_k(model),
+        top_k=top_k,
         moe=moe,
         linears=roles.linears,
         tensors=tuple(sorted(tensors, key=lambda t: t.name)),
     )
+
+
+def _refuse_codes(entry: TensorEntry, parameter: torch.Tensor | None) -> None:
+    """Loading would turn the codes of a quantized tensor into weights without a word."""
+    if parameter is not None and parameter.is_floating_point() and entry.dtype not in PLAIN:
+        raise UserError(f"Tensor {entry.name} holds no plain numbers", expected="float16, bfloat16 or float32",
+                        got=str(entry.dtype).removeprefix("torch."), remedy="dequantize the checkpoint first")  # fmt: skip
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

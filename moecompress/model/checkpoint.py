@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,8 @@ COMPANIONS = re.compile(
     r"^(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|chat_template.*|generation_config\.json|"
     r"preprocessor_config\.json|processor_config\.json|video_preprocessor_config\.json|.*\.model|LICENSE.*|NOTICE.*|.*\.py)$"
 )
+#: safetensors' own limit: what claims to be longer is an attack or an accident.
+HEADER_LIMIT = 100_000_000
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -103,43 +106,57 @@ def read_config(folder: Path) -> dict:
     if not path.exists():
         raise UserError(f"{folder} is not a model folder", expected="a config.json", got="none",
                         remedy="pass the folder that holds config.json and the safetensors files")  # fmt: skip
+    config = read_object(path)
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise UserError(f"quantization_config in {path} is no section of settings", got=config["quantization_config"],
+                        remedy="download config.json again")  # fmt: skip
+    return config
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON", got=str(error), remedy="download it again") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged", expected="a JSON object", got=f"a {type(record).__name__}", remedy="download it again")
+    return record
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors that a safetensors file lists; UserError if the file is truncated or malformed."""
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"Shard {path.name} is missing", expected=f"{path} (named by {INDEX})", got="no such file",
                         remedy="download the missing shard")  # fmt: skip
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise _damaged(path, f"a header of {length} bytes", f"{size} bytes in the file")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {
-                name: TensorEntry(name, path, DTYPES[info["dtype"]], tuple(info["shape"]),
-                                  8 + length + info["data_offsets"][0],
-                                  info["data_offsets"][1] - info["data_offsets"][0])
-                for name, info in header.items()
-            }  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = {name: _entry(name, path, 8 + length, info) for name, info in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, "a safetensors header", f"{type(error).__name__}: {error}") from None
-    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
+    end = 8 + length
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
+        if entry.start != end:
+            raise _damaged(path, f"the bytes of {entry.name} behind those of the tensor before it", "a gap or an overlap")
+        end += entry.nbytes
     if end != size:
         raise _damaged(path, f"{end} bytes, as the header says", f"{size} bytes")
-    for entry in entries.values():
-        count = 1
-        for dim in entry.shape:
-            count *= dim
-        if count * entry.dtype.itemsize != entry.nbytes:
-            raise _damaged(path, f"{count * entry.dtype.itemsize} bytes for {entry.name}", f"{entry.nbytes}")
     return entries
+
+
+def _entry(name: str, path: Path, data: int, info: dict) -> TensorEntry:
+    dtype, shape, (first, last) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError(f"{name}: shape {shape}, offsets {first} to {last}")
+    if (needed := math.prod(shape) * dtype.itemsize) != last - first:
+        raise _damaged(path, f"{needed} bytes for {name}", f"{last - first}")
+    return TensorEntry(name, path, dtype, shape, data + first, last - first)
 
 
 def read_entry(entry: TensorEntry) -> torch.Tensor:
@@ -199,13 +216,12 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     """Shard file name -> the tensors that the index promises in it (None: there is no index)."""
     index = folder / INDEX
     if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{index} is damaged", got=str(error), remedy="download it again") from None
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{index} is damaged", expected="a weight_map of tensor names and file names", remedy="download it again")
         shards: dict[str, set[str] | None] = {}
         for name, shard in weight_map.items():
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or shard == "..":
                 raise UserError(f"{index} points outside its folder", got=shard, remedy="do not use this checkpoint")
             promised = shards.setdefault(shard, set())
             assert promised is not None

@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
 from moecompress.errors import UserError
+from moecompress.model.checkpoint import read_config
 
 
 @contextlib.contextmanager
@@ -42,26 +43,35 @@ def quiet_transformers():
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    read_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise UserError(f"transformers does not know the model in {folder}", got=str(error).splitlines()[0],
-                        remedy="update transformers, or pass --trust-remote-code if the folder brings its own code "
-                               "and you trust it") from None  # fmt: skip
+    except Exception as error:  # a wrong value raises whatever it leads to, deep inside transformers
+        raise UserError(f"transformers does not understand the config.json of {folder}", got=first_line(error),
+                        remedy="download config.json again, update transformers, or pass --trust-remote-code if the folder "
+                               "brings its own code and you trust it") from None  # fmt: skip
 
 
 def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that the config describes, parameters on the meta device, buffers (rotary tables) real."""
     from accelerate import init_empty_weights
 
-    config._experts_implementation = "grouped_mm"
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         architecture = _architecture(config)
-        if architecture is not None:
-            model = architecture._from_config(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            if architecture is not None:
+                model = architecture._from_config(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except Exception as error:  # as above: a wrong size or name in the config
+            raise UserError("transformers cannot build the model that config.json describes", got=first_line(error),
+                            remedy="download config.json again, or update transformers") from None  # fmt: skip
     return model.eval()
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
 
 
 def _architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:

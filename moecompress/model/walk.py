@@ -87,6 +87,10 @@ class Walk:
         self.opened = opened
         self.model: PreTrainedModel = opened.model
         self.batches = batches
+        largest, known = max(int(batch.max()) for batch in batches), self.model.get_input_embeddings().num_embeddings
+        if largest >= known:
+            raise UserError("The tokenizer does not belong to the model", expected=f"token numbers below {known}, the rows of the embedding",
+                            got=largest, remedy="get tokenizer and weights from one source")  # fmt: skip
         self.waiting: list[_Waiting | None] = [None] * len(batches)
         self.outputs: list[Any] = [None] * len(batches)
         self._lanes: list[greenlet] = []
@@ -135,6 +139,10 @@ class Walk:
 
     def step(self, lane: int, output: Any) -> None:
         """Give a micro-batch its layer output and let the model carry it to the next layer (or to its end)."""
+        for part in output if isinstance(output, tuple) else (output,):
+            if isinstance(part, torch.Tensor) and part.is_floating_point() and not torch.isfinite(part).all():
+                raise UserError(f"Decoder layer {self.layer} computes NaN or Inf in {str(part.dtype).removeprefix('torch.')}",
+                                remedy="compute in another dtype (--set compute.dtype=float32), or repair the model")  # fmt: skip
         with torch.no_grad():
             self._advance(lane, output)
 
