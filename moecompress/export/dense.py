@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import COMPANIONS, write_index, write_shard, write_text
@@ -75,6 +75,8 @@ def layer_tensors(opened: OpenModel, layer: int | None, dtype: torch.dtype) -> d
     parameters: dict[str, torch.Tensor] = {}
     for name, module in opened.layers[layer].named_modules():
         parameters.update(_dequantized(f"{opened.anatomy.stack}.{layer}.{name}", module, dtype, opened))
+    # transformers reverts only the conversions that loading used, and packed experts used none: name all of the family's.
+    opened.model._weight_conversions = [c for c in opened.loader.mapping if c.was_used() or not isinstance(c, PrefixChange)]
     with quiet_transformers():
         tensors.update(revert_weight_conversion(opened.model, parameters))
     opened.release_layer(layer)

@@ -178,8 +178,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
                 record["fallbacks"] += encoded.fallen
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype)
-    tensors = {f"{moe.module}.down_proj": torch.zeros(1, dtype=torch.uint8)}
-    experts.down_proj = tensors[f"{moe.module}.down_proj"]
+    tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
     for (projection, name), found in members.items():
         bank = filled[projection, name]
         bank.register_buffer("experts", torch.tensor(found, dtype=torch.int32))

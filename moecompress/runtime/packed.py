@@ -170,14 +170,15 @@ class PackedLinear(nn.Module):
 def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]], dtype: torch.dtype) -> PackedExperts:
     """Turn an experts module into a packed one: its weight parameters go, banks come, everything else stays.
 
-    The guard: a buffer under the name of a weight parameter, with a shape that cannot match. A transformers without
-    moecompress finds it in the checkpoint and refuses to load, instead of filling the experts with random numbers.
+    The guard: a parameter under the name of a weight, with a shape that cannot match. A transformers without moecompress
+    finds it in the checkpoint and refuses to load, instead of filling the experts with random numbers. It has three
+    dimensions because some families transpose whatever comes under that name.
     """
     layout = layout_of(module)
     packed = PackedExperts(layout, contents, dtype)
     for name in layout.parameters:
         del module._parameters[name]
-    module.register_buffer("down_proj", torch.empty(1, dtype=torch.uint8))
+    module.down_proj = nn.Parameter(torch.zeros(1, 1, 1, dtype=torch.uint8), requires_grad=False)
     module.packed = packed
     module._is_hf_initialized = True  # transformers' initialisation of new modules would look for the weights that went
     return packed
