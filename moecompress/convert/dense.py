@@ -24,6 +24,7 @@ from moecompress.convert.split import (
     expert_energy,
     fit_routing,
     neuron_importance,
+    reach_all,
     refit_down,
 )
 from moecompress.errors import UserError
@@ -37,7 +38,8 @@ LOGIT_CEILING = 2.0**-8
 CLUSTER_TOKENS = 4096
 CLUSTER_ROUNDS = 2
 ROUTER_DAMPING = 1e-2
-DOWN_DAMPING = 1e-2
+DOWN_DAMPING = 1e-1
+LEAST_USAGE = 0.1  # of the even share: an expert that nothing reaches would be dead weight
 BATCH = 8  # sequences that run through a layer at once
 
 
@@ -132,6 +134,7 @@ def convert_layer(
 
     energy = expert_energy(importance[:, shape.shared :], shape.experts)
     routing = fit_routing(x, energy, ROUTER_DAMPING)
+    routing = reach_all(routing, x, shape.top_k, LEAST_USAGE * shape.top_k / shape.experts)
     chosen = routing.choose(x, shape.top_k)  # (T, E)
     target = h @ down.T
     computed = torch.cat([torch.ones(len(x), shape.shared), chosen.repeat_interleave(shape.width, dim=1)], dim=1)
@@ -174,7 +177,7 @@ def _into_first_layer(model: PreTrainedModel, batches: list[Tensor]) -> tuple[li
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
         first = args[0] if args else kwargs.pop("hidden_states")
-        hidden.append(first.float().clone())
+        hidden.append(first.clone())
         arguments.append(kwargs)
         raise _Stop
 
@@ -205,7 +208,7 @@ def _after_attention(block: nn.Module, hidden: list[Tensor], arguments: list[dic
     with _recording(block) as recorder:
         for index, batch in enumerate(hidden):
             hidden[index] = block(batch, **arguments[index])
-            inputs.append(recorder.seen.flatten(0, 1))
+            inputs.append(recorder.seen.flatten(0, 1).float())
     return torch.cat(inputs)
 
 

@@ -8,7 +8,7 @@ Letters: T tokens, d hidden size, n neurons of the dense layer, E experts, m neu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -92,6 +92,16 @@ def fit_routing(x: Tensor, expert_energy: Tensor, damping: float) -> Routing:
     centred = x - mean_x
     weight = ridge(centred.T @ centred, centred.T @ (expert_energy - mean_energy), damping).T
     return Routing(weight, mean_energy - weight @ mean_x, float((x @ weight.T).abs().max()))
+
+
+def reach_all(routing: Routing, x: Tensor, top_k: int, floor: float) -> Routing:
+    """The routing with the bias of any expert that fewer than ``floor`` of the tokens choose raised until they do."""
+    bias = routing.bias.clone()
+    for expert in torch.nonzero(routing.choose(x, top_k).mean(0) < floor).flatten().tolist():
+        scores = x @ routing.weight.T + bias
+        missing = scores.topk(top_k, dim=1).values[:, -1] - scores[:, expert]  # (T,) to enter a token's top-k
+        bias[expert] += missing.quantile(floor)
+    return replace(routing, bias=bias)
 
 
 def refit_down(kept: Tensor, error: Tensor, down: Tensor, damping: float) -> Tensor:

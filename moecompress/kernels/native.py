@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moecompress.errors import UserError
 from moecompress.pack import int_format
 from moecompress.pack.int_format import IntBank
 
-INTERFACE = 1  # kInterface in int_matmul.cpp
+INTERFACE = 2  # kInterface in int_matmul.cpp
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type in int_matmul.cpp
-_STATUS = {1: "the bank's tensors do not fit its sizes", 2: "an index points outside the bank", 3: "wrong argument"}
+_BAD_BANK, _BAD_SLOT, _NO_MEMORY = 1, 2, 4  # Status in int_matmul.cpp
 
 
 class _Bank(ctypes.Structure):
@@ -27,7 +28,7 @@ class _Bank(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "row_scales", "scales", "zeros")),
         *((f"{name}_bytes", ctypes.c_int64) for name in ("codes", "row_scales", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("count", "rows", "cols")),
-        *((name, ctypes.c_int32) for name in ("bits", "group")),
+        *((name, ctypes.c_int32) for name in ("bits", "group", "has_scales", "has_zeros")),
     )
 
 
@@ -59,12 +60,20 @@ def grouped_matmul(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
     return y
 
 
-def dequantize(bank: IntBank, dtype: torch.dtype, index: Tensor, first: int, last: int) -> Tensor:
-    """Rows first ... last - 1 of the matrices that ``index`` (int64) names -> (count, last - first, cols)."""
-    out = torch.empty(index.shape[0], last - first, bank.cols, dtype=dtype)
-    sizes = (index.data_ptr(), index.shape[0], first, last, out.data_ptr(), out.nbytes, _TYPES[dtype])
+def dequantize(bank: IntBank, index: Tensor, first: int, last: int, out: Tensor) -> None:
+    """Write rows first ... last - 1 of the matrices that ``index`` (int64) names to ``out``.
+
+    out (count, last - first, cols) contiguous, float32 or bfloat16.
+    """
+    sizes = (index.data_ptr(), index.shape[0], first, last, out.data_ptr(), out.nbytes, _TYPES[out.dtype])
     _run("moec_dequantize", bank, *sizes)
-    return out
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware."""
+    library = _load()
+    return not isinstance(library, str) and bool(library.moec_multiplies_bfloat16())
 
 
 def read(data: Tensor, threads: int) -> None:
@@ -80,13 +89,17 @@ def _run(function: str, bank: IntBank, *arguments: int) -> None:
     tensors = (bank.codes, bank.row_scales, bank.scales, bank.zeros)
     pointers = (None if t is None else t.data_ptr() for t in tensors)
     sizes = (0 if t is None else t.nbytes for t in tensors)
-    record = _Bank(*pointers, *sizes, bank.count, bank.rows, bank.cols, bank.bits, bank.group)
+    shape = (bank.count, bank.rows, bank.cols, bank.bits, bank.group)
+    record = _Bank(*pointers, *sizes, *shape, bank.scales is not None, bank.zeros is not None)
     code = getattr(library, function)(ctypes.byref(record), *arguments, torch.get_num_threads())
-    if code == 4:
+    if code == _BAD_BANK:
+        int_format.check(bank)  # names the tensor
+    elif code == _BAD_SLOT:
+        raise UserError(f"a slot points outside the bank of {bank.count} matrices", expected=f"-1 ... {bank.count - 1}")
+    elif code == _NO_MEMORY:
         raise MemoryError("no memory for the activations of a packed matrix product")
     if code:
-        int_format.check(bank)  # a message that names the tensor
-        raise ValueError(f"{function} refused its arguments: {_STATUS[code]}")
+        raise ValueError(f"{function} refused its arguments (status {code})")
 
 
 @cache
@@ -104,7 +117,7 @@ def _load() -> ctypes.CDLL | str:
     if built != INTERFACE:
         return f"reference: {found[0].name} belongs to another version; install moecompress again"
     _declare(library)
-    library.moec_use_parallel(_torch_threads())
+    library.moec_use_parallel(torch_threads())
     return library
 
 
@@ -120,7 +133,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.moec_read.restype = ctypes.c_uint64
 
 
-def _torch_threads() -> int | None:
+def torch_threads() -> int | None:
     """Address of GOMP_parallel in the OpenMP runtime that torch uses, or None (then one thread works)."""
     # torch loads its runtime into the global scope; whichever library answers here answers torch's own calls too.
     try:

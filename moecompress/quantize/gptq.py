@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from moecompress.kernels import rounding
 from moecompress.quantize.grid import Grid, nearest, store_scales
 
 BLOCK = 128  # columns between two full updates
@@ -25,6 +26,8 @@ def gptq(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: 
     order: [E, i] the columns in the order of processing; upper: [E, i, i] Cholesky factor of the inverse Hessian in that
     order (`hessian.factor`). Groups stay where they are (static groups), so the order costs no storage.
     """
+    if rounding.available() and weights.device.type == "cpu":
+        return _native(weights, upper, order, grid)
     experts, rows, cols = weights.shape
     spread = order[:, None, :].expand(-1, rows, -1)
     scale, zero = (tensor.gather(-1, spread) for tensor in grid.by_column())
@@ -46,6 +49,14 @@ def gptq(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: 
     return torch.empty_like(codes).scatter_(-1, spread, codes).to(torch.uint8)
 
 
+def _native(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
+    codes = torch.empty(weights.shape, dtype=torch.uint8)
+    ordered = weights.gather(-1, order[:, None, :].expand(-1, weights.shape[1], -1))
+    rounding.feedback(ordered, upper.contiguous(), grid.scales(), grid.all_zeros(), codes, grid.width, grid.bits,
+                      order.contiguous(), descend=False)  # fmt: skip
+    return codes
+
+
 def values(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Dequantized weights float32 [E, o, i]."""
     scale, zero = grid.by_column()
@@ -59,6 +70,11 @@ def descend(weights: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, g
     codes = codes.float()
     error = weights - scale * (codes - zero)
     pull = error @ hessian  # (E, o, i): minus half the gradient
+    if rounding.available() and weights.device.type == "cpu":
+        moved_codes = codes.to(torch.uint8)
+        rounding.feedback(pull, hessian.contiguous(), grid.scales(), grid.all_zeros(), moved_codes, grid.width, grid.bits,
+                          None, descend=True)  # fmt: skip
+        return moved_codes
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     for begin in range(0, cols, BLOCK):
         end = min(begin + BLOCK, cols)
@@ -72,10 +88,8 @@ def descend(weights: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, g
             codes[..., c] = code
             moved[..., j] = delta
             local -= delta.unsqueeze(-1) * inner[:, None, j]
-        if end < cols:
+        if end < cols:  # columns before are done for this sweep: their pulls are not needed any more
             pull[..., end:] -= moved @ hessian[:, begin:end, end:]
-        if begin:
-            pull[..., :begin] -= moved @ hessian[:, begin:end, :begin]
     return codes.to(torch.uint8)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moecompress.kernels import rounding
+
 #: Fractions of the range tried for the scale: at 2 bits the best is near 0.6, at 8 bits near 1.
 SHRINKS = torch.linspace(1.05, 0.35, 15)
 #: Alternations of "nearest codes" and "least-squares scale" after the search.
@@ -43,6 +45,10 @@ class Grid:
         middle = (2**self.bits - 1) / 2
         return torch.full((1, 1, 1), middle) if self.zeros is None else self.zeros.float()
 
+    def all_zeros(self) -> torch.Tensor:
+        """float32 zero points [E, o, G], written out."""
+        return self.offsets().expand_as(self.scales()).contiguous()
+
     def by_column(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero of every column, [E, o, i] (views where possible)."""
         scale = self.scales().repeat_interleave(self.width, -1)[..., : self.cols]
@@ -62,8 +68,20 @@ def fit(weights: torch.Tensor, importance: torch.Tensor, bits: int, group: int, 
 
     weights: float32 [E, o, i]; importance: [E, i], usually the diagonal of the Hessian.
     """
-    experts, rows, cols = weights.shape
+    cols = weights.shape[-1]
     width = group or cols
+    if rounding.available() and weights.device.type == "cpu":
+        scale, zero = rounding.search(weights.contiguous(), importance.contiguous(), SHRINKS, width, bits, symmetric, LLOYD_STEPS)
+    else:
+        scale, zero = _search(weights, importance, width, bits, symmetric)
+    row_scales, multipliers = store_scales(scale, group)
+    return Grid(bits, group, row_scales, multipliers, None if symmetric else zero.to(torch.uint8), cols)
+
+
+def _search(weights: torch.Tensor, importance: torch.Tensor, width: int, bits: int, symmetric: bool
+            ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Scale and zero of every group, [E, o, G] each, in plain torch."""
+    cols = weights.shape[-1]
     pad = -cols % width
     w = torch.nn.functional.pad(weights, (0, pad)).unflatten(-1, (-1, width))  # (E, o, G, g)
     h = torch.nn.functional.pad(importance, (0, pad)).unflatten(-1, (-1, width)).unsqueeze(1)  # (E, 1, G, g)
@@ -88,8 +106,7 @@ def fit(weights: torch.Tensor, importance: torch.Tensor, bits: int, group: int, 
         levels = nearest(w, scale.unsqueeze(-1), zero.unsqueeze(-1), bits) - zero.unsqueeze(-1)
         refit = (h * w * levels).sum(-1) / (h * levels * levels).sum(-1).clamp_min(SMALLEST)
         scale = torch.where(refit > 0, refit, scale)
-    row_scales, multipliers = store_scales(scale, group)
-    return Grid(bits, group, row_scales, multipliers, None if symmetric else zero.to(torch.uint8), cols)
+    return scale, zero
 
 
 def store_scales(scale: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,0 +1,251 @@
+// Rounding with error feedback (GPTQ), coordinate descent and scale search, for many experts at once.
+//
+// Rows are independent: a task is a few rows of one expert, and tasks are handed out to the threads of torch's own OpenMP
+// pool. Columns are processed in blocks: inside a block every column updates the rest of the block, and after it one
+// rank-BLOCK update of the columns behind runs from registers. The plain-torch version of every function here is in
+// quantize/gptq.py and quantize/grid.py; the tests hold the two together.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace {
+
+constexpr int kInterface = 1;
+constexpr int64_t kRows = 8;    // rows of a task: they share every row of the matrix that is streamed
+constexpr int64_t kBlock = 32;  // columns between two updates of everything behind them
+constexpr int64_t kLane = 16;   // floats of a vector
+
+enum Status { kGood = 0, kBadSize = 1, kNoMemory = 2, kBadOrder = 3 };
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FAST
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+typedef float Vector __attribute__((vector_size(64), aligned(4)));
+
+INLINE Vector load(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+
+struct Feedback {
+  const float* values;    // [n, rows, cols] weights (round) or pulls (descend), in the order of processing
+  const float* matrix;    // [n, cols, cols] upper factor (round) or Hessian (descend), in the order of processing
+  const float* scales;    // [n, rows, groups]
+  const float* zeros;     // [n, rows, groups]
+  const int64_t* order;   // [n, cols] column that is processed at each step, or null
+  uint8_t* codes;         // [n, rows, cols] in the columns' own order; read by descend, written by both
+  int64_t count, rows, cols, groups, width;
+  int32_t bits;
+  int32_t descend;
+};
+
+INLINE float clamp_round(float x, float top) { return std::min(std::max(std::nearbyintf(x), 0.0f), top); }
+
+// One task: rows first .. first + n of expert e. work: kRows x stride floats. errors: kRows x kBlock floats.
+FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+  const int64_t cols = f.cols, stride = (cols + kLane - 1) / kLane * kLane;
+  const float top = static_cast<float>((1 << f.bits) - 1);
+  const float* matrix = f.matrix + e * cols * cols;
+  for (int64_t r = 0; r < n; ++r) {
+    std::memcpy(work + r * stride, f.values + (e * f.rows + first + r) * cols, cols * sizeof(float));
+  }
+  for (int64_t begin = 0; begin < cols; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, cols);
+    std::fill(errors, errors + kRows * kBlock, 0.0f);
+    for (int64_t j = begin; j < end; ++j) {
+      const float* line = matrix + j * cols;
+      const float pivot = line[j];
+      const int64_t column = f.order ? f.order[e * cols + j] : j;
+      const int64_t group = column / f.width;
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = e * f.rows + first + r;
+        const float s = f.scales[row * f.groups + group], z = f.zeros[row * f.groups + group];
+        uint8_t& code = f.codes[row * cols + column];
+        float* w = work + r * stride;
+        float error;
+        if (f.descend) {
+          const float old = static_cast<float>(code);
+          const float fresh = clamp_round((s * (old - z) + w[j] / pivot) / s + z, top);
+          error = s * (fresh - old);
+          code = static_cast<uint8_t>(fresh);
+        } else {
+          const float fresh = clamp_round(w[j] / s + z, top);
+          error = (w[j] - s * (fresh - z)) / pivot;
+          code = static_cast<uint8_t>(fresh);
+        }
+        errors[r * kBlock + j - begin] = error;
+        for (int64_t k = j + 1; k < end; ++k) w[k] -= error * line[k];
+      }
+    }
+    int64_t k = end;
+    for (; k + kLane <= cols; k += kLane) {
+      Vector total[kRows];
+      for (int64_t r = 0; r < kRows; ++r) total[r] = load(work + r * stride + k);
+      for (int64_t b = 0; b < end - begin; ++b) {
+        const Vector u = load(matrix + (begin + b) * cols + k);
+        for (int64_t r = 0; r < kRows; ++r) total[r] -= errors[r * kBlock + b] * u;
+      }
+      for (int64_t r = 0; r < kRows; ++r) store(work + r * stride + k, total[r]);
+    }
+    for (; k < cols; ++k) {
+      for (int64_t r = 0; r < n; ++r) {
+        float total = work[r * stride + k];
+        for (int64_t b = 0; b < end - begin; ++b) total -= errors[r * kBlock + b] * matrix[(begin + b) * cols + k];
+        work[r * stride + k] = total;
+      }
+    }
+  }
+}
+
+struct Search {
+  const float* weights;     // [n, rows, cols]
+  const float* importance;  // [n, cols]
+  const float* shrinks;
+  float* scales;            // [n, rows, groups] out
+  float* zeros;             // [n, rows, groups] out
+  int64_t count, rows, cols, groups, width, tries, steps;
+  int32_t bits;
+  int32_t symmetric;
+};
+
+constexpr float kSmallest = 1e-30f;
+
+// The best scale of one group of at most width weights, padded with zero weights of zero importance to whole vectors.
+FAST void search_group(const Search& s, const float* w, const float* h, int64_t length, float* scale_out, float* zero_out) {
+  const float top = static_cast<float>((1 << s.bits) - 1);
+  float low = 0, high = 0, most = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    low = std::min(low, w[i]);
+    high = std::max(high, w[i]);
+    most = std::max(most, h[i]);
+  }
+  const float floor = 1e-6f * std::max(most, kSmallest);
+  float full, zero;
+  if (s.symmetric) {
+    full = std::max(std::max(-low, high) / (top / 2), kSmallest);
+    zero = top / 2;
+  } else {
+    full = std::max((high - low) / top, kSmallest);
+    zero = clamp_round(-low / full, top);
+  }
+  float best = INFINITY, scale = full;
+  for (int64_t t = 0; t < s.tries; ++t) {
+    const float trial = full * s.shrinks[t], inverse = 1.0f / trial;
+    float total = 0;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < length; ++i) {
+      const float d = trial * (clamp_round(w[i] * inverse + zero, top) - zero) - w[i];
+      total += (h[i] + floor) * d * d;
+    }
+    if (total < best) {
+      best = total;
+      scale = trial;
+    }
+  }
+  for (int64_t step = 0; step < s.steps; ++step) {
+    float up = 0, down = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const float level = clamp_round(w[i] / scale + zero, top) - zero;
+      up += (h[i] + floor) * w[i] * level;
+      down += (h[i] + floor) * level * level;
+    }
+    if (up > 0 && down > 0) scale = std::max(up / std::max(down, kSmallest), kSmallest);
+  }
+  *scale_out = scale;
+  *zero_out = zero;
+}
+
+struct Pool {
+  std::atomic<int64_t> next{0};
+  std::atomic<int> status{kGood};
+  int64_t tasks = 0;
+  void (*run)(const void* job, int64_t task, float* scratch) = nullptr;
+  const void* job = nullptr;
+  int64_t scratch_floats = 0;
+};
+
+void work_through(void* argument) {
+  Pool& pool = *static_cast<Pool*>(argument);
+  std::unique_ptr<float[]> scratch(new (std::nothrow) float[pool.scratch_floats]);
+  if (!scratch) {
+    pool.status = kNoMemory;
+    return;
+  }
+  std::fill(scratch.get(), scratch.get() + pool.scratch_floats, 0.0f);
+  for (int64_t task; (task = pool.next++) < pool.tasks;) pool.run(pool.job, task, scratch.get());
+}
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+int spread(Pool& pool, Parallel parallel, int threads) {
+  if (parallel != nullptr && threads > 1) {
+    parallel(work_through, &pool, static_cast<unsigned>(threads), 0);
+  } else {
+    work_through(&pool);
+  }
+  return pool.status;
+}
+
+void feedback_task(const void* job, int64_t task, float* scratch) {
+  const Feedback& f = *static_cast<const Feedback*>(job);
+  const int64_t per = (f.rows + kRows - 1) / kRows, stride = (f.cols + kLane - 1) / kLane * kLane;
+  const int64_t first = task % per * kRows;
+  feedback_rows(f, task / per, first, std::min(kRows, f.rows - first), scratch, scratch + kRows * stride);
+}
+
+void search_task(const void* job, int64_t row, float*) {
+  const Search& s = *static_cast<const Search*>(job);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t begin = g * s.width, length = std::min(s.width, s.cols - begin);
+    search_group(s, s.weights + row * s.cols + begin, s.importance + row / s.rows * s.cols + begin, length,
+                 s.scales + row * s.groups + g, s.zeros + row * s.groups + g);
+  }
+}
+
+bool sizes_fit(int64_t count, int64_t rows, int64_t cols, int64_t groups, int64_t width, int bits) {
+  return count >= 0 && rows > 0 && cols > 0 && width > 0 && groups == (cols + width - 1) / width && bits >= 1 && bits <= 8;
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int moec_rounding_interface() { return kInterface; }
+
+__attribute__((visibility("default"))) int moec_feedback(const Feedback* f, Parallel parallel, int threads) {
+  if (!sizes_fit(f->count, f->rows, f->cols, f->groups, f->width, f->bits)) return kBadSize;
+  if (f->order != nullptr) {
+    for (int64_t i = 0; i < f->count * f->cols; ++i) {
+      if (f->order[i] < 0 || f->order[i] >= f->cols) return kBadOrder;
+    }
+  }
+  const int64_t stride = (f->cols + kLane - 1) / kLane * kLane;
+  Pool pool;
+  pool.tasks = f->count * ((f->rows + kRows - 1) / kRows);
+  pool.run = feedback_task;
+  pool.job = f;
+  pool.scratch_floats = kRows * (stride + kBlock);
+  return spread(pool, parallel, threads);
+}
+
+__attribute__((visibility("default"))) int moec_search(const Search* s, Parallel parallel, int threads) {
+  if (!sizes_fit(s->count, s->rows, s->cols, s->groups, s->width, s->bits)) return kBadSize;
+  Pool pool;
+  pool.tasks = s->count * s->rows;
+  pool.run = search_task;
+  pool.job = s;
+  pool.scratch_floats = 1;
+  return spread(pool, parallel, threads);
+}
+
+}  // extern "C"
