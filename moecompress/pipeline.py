@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moecompress.allocate.candidates import Candidate, Unit, unit_id
+from moecompress.allocate.candidates import Unit, unit_id
 from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
 from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
@@ -149,7 +149,7 @@ def calibrate(job: Job, work: Path) -> Statistics:
 def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
     """The recipe's plan and the uniform plan of the same bytes."""
     units, harm = units_of(job.opened, statistics)
-    candidates = [Candidate.parse(name) for name in statistics.schemes]
+    candidates = [Scheme.parse(name) for name in statistics.schemes]
     settings = job.recipe.allocate
     budget = expert_budget(job, statistics)
     if budget is not None and budget < (least := smallest_bytes(units, candidates, harm)):
@@ -269,9 +269,12 @@ def units_of(opened: OpenModel, statistics: Statistics) -> tuple[list[Unit], np.
 
 def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]]]:
     """The plan as layer -> projection -> scheme of each expert."""
-    assigned = {unit: Scheme.parse(candidate.name) for unit, candidate in chosen.assignments().items()}
+    assigned = chosen.assignments()
     return {
-        layer: {p: [assigned[unit_id(layer, e, p)] for e in range(moe.layout.experts)] for p in moe.layout.projections}
+        layer: {
+            p: [assigned[unit_id(layer, e, p)].fitted(moe.layout.shape(p)[1]) for e in range(moe.layout.experts)]
+            for p in moe.layout.projections
+        }
         for layer, moe in anatomy.moe.items()
     }
 
@@ -302,7 +305,7 @@ def fixed_bytes(job: Job, schemes: list[str]) -> int:
     for info in opened.anatomy.tensors:
         linear = info.target.removesuffix(".weight")
         if linear in linears:
-            size += linears[linear].nbytes(*info.shape)
+            size += linears[linear].price(*info.shape)
             names += 3 * (len(info.name) + 90)
         elif info.role != EXPERT:
             size += info.nbytes

@@ -18,6 +18,7 @@ app = typer.Typer(
 
 #: command name -> module under moecompress.cli; each module's ``command`` function is the command.
 COMMANDS: dict[str, str] = {
+    "demo": "demo",
     "inspect": "inspect",
     "calibrate": "calibrate",
     "plan": "plan",
@@ -25,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",
+    "convert": "convert",
 }
 
 

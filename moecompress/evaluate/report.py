@@ -26,15 +26,22 @@ DECODE_TOKENS = 32
 def evaluate(model: str, reference: str, text: str, sequences: int, length: int, dtype: str = "auto", speed: bool = True,
              trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
     """See `moecompress evaluate --help`. ``model`` may be compressed or not (then its own divergence is measured)."""
-    folder, original = resolve(model), resolve(reference)
-    verify_files(folder)
+    original = resolve(reference)
     tokens = token_batches(load_tokenizer(original, trust_remote_code), text, sequences, length)
-    batches = list(tokens.ids.split(1))
+    record = measure(resolve(model), original, tokens.ids, dtype, speed, trust_remote_code)
+    return record | {"model": str(model), "reference": str(reference), "text": text}
+
+
+def measure(folder: Path, original: Path, ids: torch.Tensor, dtype: str = "auto", speed: bool = True,
+            trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
+    """The record of `moecompress evaluate` for token ids [N, L]."""
+    verify_files(folder)
+    batches = list(ids.split(1))
     precision = compute_dtype(original, dtype)
     first = OpenModel(original, precision, trust_remote_code)
     second = OpenModel(folder, first.dtype, trust_remote_code, prepare=prepare(folder))
     if set(first.anatomy.moe) != set(second.anatomy.moe) or first.config.vocab_size != second.config.vocab_size:
-        raise UserError(f"{model} was not made from {reference}", expected=f"{len(first.anatomy.moe)} MoE layers, vocabulary "
+        raise UserError(f"{folder} was not made from {original}", expected=f"{len(first.anatomy.moe)} MoE layers, vocabulary "
                         f"{first.config.vocab_size}", got=f"{len(second.anatomy.moe)} and {second.config.vocab_size}",
                         remedy="pass the original as --reference")  # fmt: skip
     divergence = compare(second, batches, trace(first, batches))
@@ -42,16 +49,15 @@ def evaluate(model: str, reference: str, text: str, sequences: int, length: int,
     packed = expert_bytes(files)
     record = divergence.summary()
     record |= {
-        "model": str(model),
-        "reference": str(reference),
-        "text": text,
+        "model": folder.name,
+        "reference": original.name,
         "compute_dtype": str(first.dtype).removeprefix("torch."),
         "bits_per_weight": 8 * (packed or _dense_expert_bytes(second)) / first.anatomy.expert_weights,
         "total_bytes": sum(file.stat().st_size for file in files),
         "reference_bytes": sum(file.stat().st_size for file in original.glob("*.safetensors")),
     }
     if speed:
-        record |= decode_speed(folder, tokens.ids[0], trust_remote_code)
+        record |= decode_speed(folder, ids[0], trust_remote_code)
     record["peak_memory_bytes"] = peak_memory()
     return record
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import COMPANIONS, write_index, write_shard, write_text
 from moecompress.model.experts import parameters_from
-from moecompress.model.skeleton import quiet_transformers
+from moecompress.model.skeleton import build_skeleton, load_config, quiet_transformers
 from moecompress.model.walk import OpenModel
 from moecompress.pipeline import refuse_target, work_folder
 from moecompress.progress import track
@@ -39,8 +41,9 @@ def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
     work.mkdir(parents=True)
     opened = OpenModel(model, DTYPES[dtype], prepare=prepare(model))
     shards = []
+    plain = build_skeleton(load_config(model))
     for layer in track([None, *range(opened.anatomy.num_layers)], "export"):
-        tensors = layer_tensors(opened, layer, DTYPES[dtype])
+        tensors = layer_tensors(opened, plain, layer, DTYPES[dtype])
         path = work / f"model-{len(shards):05d}-of-{opened.anatomy.num_layers + 1:05d}.safetensors"
         write_shard(path, tensors)
         shards.append(path)
@@ -63,7 +66,8 @@ def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def layer_tensors(opened: OpenModel, layer: int | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def layer_tensors(opened: OpenModel, plain: PreTrainedModel, layer: int | None, dtype: torch.dtype
+                  ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Tensors of one decoder layer (None: of everything else) under their names in the original checkpoint."""
     kept = [info for info in opened.anatomy.of_layer(layer) if ".packed." not in info.name]
     guards = {f"{moe.module}.down_proj" for moe in opened.anatomy.moe.values()}
@@ -75,12 +79,23 @@ def layer_tensors(opened: OpenModel, layer: int | None, dtype: torch.dtype) -> d
     parameters: dict[str, torch.Tensor] = {}
     for name, module in opened.layers[layer].named_modules():
         parameters.update(_dequantized(f"{opened.anatomy.stack}.{layer}.{name}", module, dtype, opened))
-    # transformers reverts only the conversions that loading used, and packed experts used none: name all of the family's.
-    opened.model._weight_conversions = [c for c in opened.loader.mapping if c.was_used() or not isinstance(c, PrefixChange)]
-    with quiet_transformers():
-        tensors.update(revert_weight_conversion(opened.model, parameters))
     opened.release_layer(layer)
-    return tensors
+    return tensors | original_names(opened, plain, parameters)
+
+
+def original_names(opened: OpenModel, plain: PreTrainedModel, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of modules as the tensors of the original checkpoint: experts taken apart, families' own names.
+
+    transformers would revert only the conversions that loading used, and packed experts used none: tell it all of the
+    family's. A changed prefix is reverted only if it was used: nothing else says whether the original had it.
+    ``plain``: the skeleton without packed modules, because some conversions look at the shapes of its parameters.
+    """
+    own = len(get_model_conversion_mapping(plain, add_legacy=False))
+    plain._weight_conversions = [
+        c for i, c in enumerate(opened.loader.mapping) if c.was_used() or (i < own and not isinstance(c, PrefixChange))
+    ]
+    with quiet_transformers():
+        return revert_weight_conversion(plain, parameters)
 
 
 def _dequantized(name: str, module: nn.Module, dtype: torch.dtype, opened: OpenModel) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ class Work:
 def linear_schemes(opened: OpenModel, bits: dict[str, int]) -> dict[str, Scheme]:
     """Linear layer -> scheme, for the layers that are quantized at all. ``bits``: role -> 4, 8 or 16."""
     return {
-        name: Scheme(bits[role], LINEAR_GROUP)
+        name: Scheme(bits[role], LINEAR_GROUP).fitted(opened.model.get_submodule(name).in_features)
         for name, role in opened.anatomy.linears.items()
         if bits.get(role, 16) < 16
     }

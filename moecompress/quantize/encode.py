@@ -95,7 +95,7 @@ def expected_error(weights: torch.Tensor, hessian: torch.Tensor, row_weight: tor
     for index, scheme in enumerate(schemes):
         if scheme.bits == 16:
             continue
-        grid = fit(weights, diagonal, scheme.bits, scheme.group, scheme.symmetric)
+        grid = fit(weights, diagonal, scheme.bits, scheme.fitted(weights.shape[-1]).group, scheme.symmetric)
         rounding = (weights - gptq.values(gptq.rtn(weights, grid), grid)).square()
         result[:, index] = torch.einsum("noi,no,ni->n", rounding, row_weight, column_cost).double()
     return result

@@ -52,7 +52,7 @@ def test_sixteen_bits_keep_the_dtype_of_the_input() -> None:
 
 @pytest.mark.parametrize("name", ["", "b5g64s", "b3g64", "b16g64s", "b3g48s", "3g64s"])
 def test_names_that_are_none(name: str) -> None:
-    with pytest.raises(UserError, match="no candidate is called"):
+    with pytest.raises(UserError, match="no storage scheme is called"):
         Candidate.parse(name)
 
 
