@@ -28,7 +28,7 @@ def content(records: Records) -> dict[str, Any]:
     pictures = {
         "expert_use": plots.expert_use(records.statistics),
         "bits": plots.bits(records.plan),
-        "errors": plots.errors(errors_by_layer(manifest), records.statistics, router),
+        "errors": plots.errors(errors_by_layer(manifest, records.statistics.projections), records.statistics, router),
         "size": plots.size_against_divergence(points(records)),
     }
     return {

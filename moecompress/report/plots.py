@@ -48,8 +48,7 @@ def expert_use(statistics: Statistics) -> str:
     with rc_context(STYLE):
         figure = Figure((WIDTH, _height(len(layers))), layout="constrained")
         axes = figure.subplots()
-        colours = ListedColormap(_blues(256))
-        colours.set_bad(UNREACHED)
+        colours = ListedColormap(_blues(256)).with_extremes(bad=UNREACHED)
         norm = LogNorm(max(1, shown.min()), max(2, shown.max())) if shown.count() else None
         image = axes.imshow(shown, colours, norm, aspect="auto", interpolation="nearest")
         _name_axes(axes, layers)
@@ -181,7 +180,7 @@ def _height(layers: int) -> float:
 
 def _blues(count: int) -> list[tuple[float, float, float]]:
     """``count`` colours from light to dark."""
-    light, dark = np.array([0.90, 0.94, 0.98]), np.array([0.03, 0.16, 0.38])
+    light, dark = np.array([0.86, 0.91, 0.97]), np.array([0.03, 0.16, 0.38])
     return [tuple(light + (dark - light) * (index / max(1, count - 1))) for index in range(count)]
 
 

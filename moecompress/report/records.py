@@ -14,7 +14,7 @@ from moecompress.allocate.plan import Plan
 from moecompress.calibrate.statistics import Statistics
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import read_header
-from moecompress.pack.manifest import FOLDER, read_manifest
+from moecompress.pack.manifest import FOLDER, MANIFEST, read_manifest
 
 #: What an evaluation must say to be shown.
 NEEDED = ("model", "text", "sequences", "context_length", "kl_mean", "kl_interval_95", "perplexity",
@@ -36,13 +36,16 @@ class Records:
 
 def read_records(folder: Path, evaluations: Sequence[Path] = ()) -> Records:
     """The records of a folder that `moecompress quantize` wrote. UserError if one is missing or damaged."""
-    manifest = read_manifest(folder)
     records = folder / FOLDER
     try:
+        manifest = read_manifest(folder)
         plan = Plan.from_json((records / "plan.json").read_text(encoding="utf-8"))
         recipe = (records / "recipe.yaml").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing", expected="the records that moecompress quantize writes",
+                        remedy="copy or compress the folder again") from None  # fmt: skip
+    except json.JSONDecodeError as error:
+        raise UserError(f"{records / MANIFEST} is damaged", got=str(error),
                         remedy="copy or compress the folder again") from None  # fmt: skip
     return Records(folder.resolve().name, manifest, plan, Statistics.load(records), recipe,
                    stored_bytes(folder, manifest["tensors"]),
@@ -53,8 +56,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """The record that `moecompress evaluate` wrote; UserError if it is none."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in NEEDED if key not in record]
-    except (ValueError, TypeError):
+        missing = [key for key in NEEDED if not isinstance(record, dict) or record.get(key) is None]
+    except ValueError:
         missing = ["everything: it is not JSON"]
     if missing:
         raise UserError(f"{path} is not an evaluation", expected="the JSON that moecompress evaluate -o writes",
@@ -97,7 +100,7 @@ def fates_by_role(records: Records) -> list[dict[str, Any]]:
             for row in sorted(rows.values(), key=lambda row: -row["before"])]  # fmt: skip
 
 
-def errors_by_layer(manifest: dict[str, Any]) -> dict[str, dict[int, list[float]]]:
+def errors_by_layer(manifest: dict[str, Any], projections: Sequence[str]) -> dict[str, dict[int, list[float]]]:
     """Kind of matrix (projection of the experts, or role of a linear layer) -> layer -> relative output errors."""
     fates = [fate for fate in manifest["tensors"].values() if "into" in fate]
     roles = {fate["into"].removesuffix(".packed"): fate["role"] for fate in fates}
@@ -106,8 +109,8 @@ def errors_by_layer(manifest: dict[str, Any]) -> dict[str, dict[int, list[float]
         layer = re.search(r"\.(\d+)\.", name)
         kind = roles.get(name) or f"expert {name.rpartition('.')[2]}"
         result[kind][int(layer[1]) if layer else 0].append(error)
-    experts_first = sorted(result, key=lambda kind: not kind.startswith("expert"))
-    return {kind: dict(result[kind]) for kind in experts_first}
+    experts = [f"expert {projection}" for projection in projections]
+    return {kind: dict(result[kind]) for kind in dict.fromkeys([*experts, *sorted(result)]) if kind in result}
 
 
 def experts_by_layer(names: Sequence[str]) -> dict[str, list[str]]:
