@@ -27,6 +27,7 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.spec = importlib.util.find_spec(name)
         if self.spec is None:
             return None
+        assert self.spec.loader is not None
         self.loader = self.spec.loader
         self.spec.loader = self
         return self.spec

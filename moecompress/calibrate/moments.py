@@ -105,7 +105,7 @@ def _row_weights(module, layout: ExpertsLayout, expert: int, weights: dict[str, 
         assert values is not None
         step = SLOPE_STEP * values.std().clamp_min(1e-6)
         shifted = [
-            activate(module, layout, *((values + d, up) if name == GATE else (gate, values + d)), expert).float()  # type: ignore[arg-type]
+            activate(module, layout, *((values + d, up) if name == GATE else (gate, values + d)), expert).float()
             for d in (-step, step)
         ]
         slope = (shifted[1] - shifted[0]) / (2 * step)

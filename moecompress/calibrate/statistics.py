@@ -80,8 +80,8 @@ class Statistics:
         tensors = load_file(folder / "statistics.safetensors")
         layers = {
             int(index): LayerStatistics(
-                *(tensors[f"{index}.{name}"] for name in ("counts", "gate_sum", "gate_square", "harm")),
-                tokens=values["tokens"], sensitivity=values["sensitivity"],
+                tensors[f"{index}.counts"], tensors[f"{index}.gate_sum"], tensors[f"{index}.gate_square"],
+                tensors[f"{index}.harm"], values["tokens"], values["sensitivity"],
             )
             for index, values in record["layers"].items()
         }  # fmt: skip

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",
+    "report": "report",
     "convert": "convert",
 }
 

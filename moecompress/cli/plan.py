@@ -41,10 +41,13 @@ def command(
     """
     from moecompress.errors import UserError
 
+    if allocator not in (None, "global", "pmq", "uniform"):
+        raise UserError(f"Unknown allocator {allocator!r}", expected="global, pmq or uniform")
     if from_factors is not None:
         from moecompress.allocate.pmq import solve_factors
 
-        solved = solve_factors(from_factors, allocator=allocator or "pmq", layer_bits=layer_bits, target_bits=target_bits,
+        solved = solve_factors(from_factors, allocator=allocator or "pmq",  # type: ignore[arg-type]
+                               layer_bits=layer_bits, target_bits=target_bits,
                                alpha=alpha, beta=beta, gamma=gamma)  # fmt: skip
         if json_:
             print_json(solved)

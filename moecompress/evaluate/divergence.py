@@ -7,7 +7,7 @@ original's last hidden states are kept; the compressed model's own head then tur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +66,12 @@ def trace(opened: OpenModel, batches: Sequence[torch.Tensor], label: str = "orig
     """Run the original over ``batches`` (token ids [B, L])."""
     hidden: list[torch.Tensor] = []
     chosen: dict[int, torch.Tensor] = {}
-    for lane, tail in _walk(opened, batches, chosen, label):
-        with _head(opened, lambda x, forward: (hidden.append(x.clone()), forward(x))[1]):
+    def keep(x: torch.Tensor, forward: Callable) -> torch.Tensor:
+        hidden.append(x.clone())
+        return forward(x)
+
+    for _, tail in _walk(opened, batches, chosen, label):
+        with _head(opened, keep):
             tail()
     return Trace(hidden, chosen)
 
@@ -81,7 +85,8 @@ def compare(opened: OpenModel, batches: Sequence[torch.Tensor], reference: Trace
         original = reference.hidden[lane]
         with _head(opened, lambda x, forward, original=original: forward(torch.cat([x, original.to(x.dtype)]))):
             logits = tail()
-        parts.append(_tokens(*logits.chunk(2), batches[lane]))
+        compressed, uncompressed = logits.chunk(2)
+        parts.append(_tokens(compressed, uncompressed, batches[lane]))
     kl, agree, nll, reference_nll = (torch.cat(column) for column in zip(*parts, strict=True))
     router = {layer: jaccard(chosen[layer], reference.chosen[layer]) for layer in chosen}
     return Divergence(kl, agree, nll, reference_nll, router)

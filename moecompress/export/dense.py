@@ -40,7 +40,7 @@ def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     opened = OpenModel(model, DTYPES[dtype], prepare=prepare(model))
-    shards = []
+    shards: list[Path] = []
     plain = build_skeleton(load_config(model))
     for layer in track([None, *range(opened.anatomy.num_layers)], "export"):
         tensors = layer_tensors(opened, plain, layer, DTYPES[dtype])

@@ -7,17 +7,26 @@ up, transposing) is transformers' `core_model_loading`; this file only calls it,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -95,18 +104,65 @@ class Loader:
 
     def targets(self, names: list[str]) -> dict[str, str]:
         """Name on disk -> the module parameter it goes to (the first, where it is split over several)."""
+        return {name: target for name, (target, _) in self._places(names).items()}
+
+    def _places(self, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+        """Name on disk -> (parameter, pattern of the converter that makes it, if one does)."""
         renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
         prefix = self.model.base_model_prefix
         found = {}
         for name in names:
-            target, _ = rename_source_key(name, renamings, converters, prefix, self.expected)
-            if target not in self.expected and name in self.expected:
-                target = name
-            found[name] = target
+            place = rename_source_key(name, renamings, converters, prefix, self.expected)
+            found[name] = (name, None) if place[0] not in self.expected and name in self.expected else place
         return found
 
-    def load(self, tensors: Mapping[str, torch.Tensor], device: str = "cpu", dtype: torch.dtype | None = None):
+    def fill(self, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+        """Load the tensors ``names``, which ``read`` fetches, holding little more than what they become.
+
+        Where a checkpoint has one tensor an expert, transformers holds their list, their stack, and gate and up joined:
+        up to three times the layer. So such experts go through its converters one by one, into the finished parameter.
+        """
+        stacks: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # target -> pattern -> names
+        others: dict[str, _Lazy] = {}
+        for name, (target, pattern) in self._places(sorted(names, key=dot_natural_key)).items():
+            if pattern is not None and self._stacks_experts(pattern):
+                stacks[target][pattern].append(name)
+            else:
+                others[name] = _Lazy(read, name)
+        if others:
+            info = self.load(others)
+            for target, problem in info.conversion_errors.items():
+                raise UserError(f"{target} could not be loaded", got=problem.strip().splitlines()[-1])
+        for target, sources in stacks.items():
+            self._fill_stack(target, sources, read)
+
+    def _converter(self, pattern: str) -> WeightConverter:
+        return next(c for c in reversed(self.mapping) if isinstance(c, WeightConverter) and pattern in c.source_patterns)
+
+    def _stacks_experts(self, pattern: str) -> bool:
+        """Does the converter treat every expert alone? It stacks along axis 0, and then only touches later axes."""
+        first, *rest = self._converter(pattern).operations
+        later = all(
+            (isinstance(op, Concatenate | Interleave) and op.dim > 0)
+            or (isinstance(op, Transpose) and op.dim0 > 0 and op.dim1 > 0 and not op.check_dims)
+            for op in rest
+        )
+        return type(first) is MergeModulelist and first.dim == 0 and later
+
+    def _fill_stack(self, target: str, sources: dict[str, list[str]], read: Callable[[str], torch.Tensor]) -> None:
+        expected = self.expected[target]
+        whole = torch.empty(expected.shape, dtype=expected.dtype)
+        for expert, members in enumerate(zip(*sources.values(), strict=True)):
+            one = deepcopy(self._converter(next(iter(sources))))
+            for pattern, name in zip(sources, members, strict=True):
+                one.add_tensor(target, name, pattern, read(name).to(expected.dtype))  # type: ignore[arg-type]
+            (value,) = one.convert(target, model=self.model, config=self.model.config).values()
+            whole[expert : expert + 1] = value[0] if isinstance(value, list) else value
+        module, _, name = target.rpartition(".")
+        self.model.get_submodule(module)._parameters[name] = nn.Parameter(whole, requires_grad=False)
+
+    def load(self, tensors: Mapping[str, Any], device: str = "cpu", dtype: torch.dtype | None = None):
         """Load ``tensors`` (names on disk) into the model; returns transformers' LoadStateDictInfo.
 
         ``dtype`` None keeps each parameter's own dtype. With device "meta" this is the rehearsal: all shapes, no bytes.
@@ -115,6 +171,17 @@ class Loader:
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), settings)
         return info
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """What transformers takes for a slice of a safetensors file: `[...]` reads it."""
+
+    read: Callable[[str], torch.Tensor]
+    name: str
+
+    def __getitem__(self, _) -> torch.Tensor:
+        return self.read(self.name)
 
 
 def release(module: nn.Module) -> None:

@@ -46,7 +46,7 @@ class OpenModel:
             refuse_quantized(self.checkpoint)
         self.loader = Loader(self.model)
         self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader, stack, moe)
-        self.layers: Sequence[nn.Module] = self.model.get_submodule(self.anatomy.stack)  # type: ignore[assignment]
+        self.layers: Sequence[nn.Module] = self.model.get_submodule(self.anatomy.stack)
 
     def load_layer(self, layer: int) -> None:
         """Bring the weights of one decoder layer in."""
@@ -58,7 +58,7 @@ class OpenModel:
         self.model.tie_weights()
 
     def _load(self, names) -> None:
-        self.loader.load({name: self.checkpoint.read(name) for name in names})
+        self.loader.fill(names, self.checkpoint.read)
 
     def release_layer(self, layer: int) -> None:
         release(self.layers[layer])
@@ -99,7 +99,7 @@ class Walk:
     def __enter__(self) -> Walk:
         self._hub = getcurrent()
         for index, layer in enumerate(self.opened.layers):
-            layer.forward = self._pause(index)  # type: ignore[method-assign]
+            layer.forward = self._pause(index)
         self.opened.load_rest()
         try:
             with torch.no_grad():

@@ -193,7 +193,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
 
 def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype) -> dict[tuple[str, str], PackedBank]:
     return {
-        (projection, name): PackedBank(Scheme.parse(name), count, *layout.shape(projection), dtype)
+        (projection, name): PackedBank(Scheme.parse(name), count, layout.shape(projection)[0], layout.shape(projection)[1], dtype)
         for projection, schemes in contents.items()
         for name, count in schemes.items()
     }

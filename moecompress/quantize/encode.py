@@ -36,10 +36,11 @@ class Encoded:
 def encode(weights: torch.Tensor, hessian: torch.Tensor | None, scheme: Scheme, names: list[str], settings: Settings) -> Encoded:
     """weights: float32 [n, o, i]; hessian: float32 [n, i, i] or None (plain rounding, all inputs alike)."""
     experts, _, cols = weights.shape
+    fallen: list[str] = []
     if hessian is None or settings.method == "rtn":
         diagonal = torch.ones(experts, cols) if hessian is None else hessian.diagonal(dim1=-2, dim2=-1)
         grid = fit(weights, diagonal, scheme.bits, scheme.group, scheme.symmetric)
-        codes, fallen = gptq.rtn(weights, grid), []
+        codes = gptq.rtn(weights, grid)
         hessian = torch.diag_embed(diagonal) if hessian is None else hessian
     else:
         grid, codes, fallen = _feedback(weights, hessian, scheme, names, settings)
@@ -55,6 +56,9 @@ def _feedback(weights: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, name
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     order = processing_order(diagonal, settings.order)
     upper, fallen = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
+    if fallen:  # without a usable Hessian only its diagonal is believed: rounding to nearest
+        rounded = torch.tensor([name in fallen for name in names])
+        hessian = torch.where(rounded[:, None, None], torch.diag_embed(diagonal), hessian)
     grid = fit(weights, diagonal, scheme.bits, scheme.group, scheme.symmetric)
     codes = gptq.gptq(weights, upper, order, grid)
     # The descent optimises the Hessian itself; damping keeps it from chasing directions that calibration never saw.

@@ -90,7 +90,7 @@ class PackedExperts(nn.Module):
         self._slots: dict[str, torch.Tensor] = {}
 
     def banks(self, projection: str) -> nn.ModuleDict:
-        return self.get_submodule(f"{projection}_banks")  # type: ignore[return-value]
+        return self.get_submodule(f"{projection}_banks")
 
     def slot_table(self, projection: str, name: str, device: torch.device) -> torch.Tensor:
         """int32 [E + 1]: where in the bank an expert is, −1 if elsewhere; the last entry serves routing sentinels."""

@@ -26,7 +26,7 @@ class MoecompressConfig(QuantizationConfigMixin):
 
     def __init__(self, experts: dict | None = None, linears: dict | None = None, dtype: str = "bfloat16",
                  version: int = FORMAT_VERSION, verify: bool = True, **_: Any):  # fmt: skip
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.version = version
         self.dtype = dtype
         self.experts = experts or {}
