@@ -130,7 +130,8 @@ def test_errors_are_sorted_by_kind_and_layer(packed_tiny: Path) -> None:
 def test_unreached_fallbacks_and_a_better_uniform_plan_are_named(copy_of_packed: Path, tmp_path: Path) -> None:
     path = copy_of_packed / "moecompress" / "manifest.json"
     row = next(iter(json.loads(path.read_text())["heldout"].values()))
-    change_manifest(copy_of_packed, heldout={"plan": row, "uniform": row}, chosen="uniform", unreached_experts=["L01.E004", "L01.E007", "L02.E000"],
+    change_manifest(copy_of_packed, heldout={"plan": row, "uniform": row}, chosen="uniform",
+                    unreached_experts=["L01.E004", "L01.E007", "L02.E000"],
                     fallbacks=["model.layers.1.mlp.experts.4.down"])  # fmt: skip
     page = Page(write_report(copy_of_packed, output=tmp_path / "r.html").read_text())
     assert "the uniform plan measured better" in page.words
