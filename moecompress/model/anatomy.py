@@ -22,7 +22,7 @@ EXPERT, EXPERT_BIAS, ROUTER, NORM, EMBEDDING, HEAD, IGNORED, OTHER = (
     "expert", "expert_bias", "router", "norm", "embedding", "head", "not_in_model", "other",
 )  # fmt: skip
 #: Projections into and out of MLA latents: quantizing them ruins the model for no gain in size.
-MLA_LATENT = re.compile(r"(^|\.)(q_a_proj|q_b_proj|kv_a_proj\w*|kv_b_proj|wq_a|wq_b|wkv_a|wkv_b)$")
+MLA_LATENT = re.compile(r"(^|\.)(q_a_proj|q_b_proj|q_gate_proj|kv_a_proj\w*|kv_b_proj|wq_a|wq_b|wkv_a|wkv_b)$")
 ATTENTION_PATH = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
 DENSE_PATH = re.compile(r"(^|\.)(mlp|ffn|feed_forward|dense)\w*\.")
 #: What weights may be stored in.

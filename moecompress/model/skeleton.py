@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
@@ -75,7 +76,26 @@ def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) ->
         except Exception as error:  # as above: a wrong size or name in the config
             raise UserError("transformers cannot build the model that config.json describes", got=first_line(error),
                             remedy="download config.json again, or update transformers") from None  # fmt: skip
+    keep_float32(model, config.dtype)
     return model.eval()
+
+
+def keep_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Give the parameters that a family always computes in float32 (routers, mixing weights) that dtype, as
+    `from_pretrained` does: their modules expect it."""
+    plan = model._get_dtype_plan(dtype) if isinstance(dtype, torch.dtype) else {}
+    if not plan:
+        return
+    pattern, patterns, _ = build_glob_alternation(list(plan))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and (found := pattern.search(name)):
+            where, _, leaf = name.rpartition(".")
+            module = model.get_submodule(where)
+            new = tensor.detach().to(plan[patterns[str(found.lastgroup)]])
+            if leaf in module._buffers:
+                module._buffers[leaf] = new
+            else:
+                module._parameters[leaf] = nn.Parameter(new, requires_grad=False)
 
 
 def first_line(error: BaseException) -> str:
@@ -100,6 +120,9 @@ class Loader:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.mapping = get_model_conversion_mapping(model, None, None)
+        for entry in self.mapping:
+            if isinstance(entry, WeightConverter):
+                entry.force_cpu = False  # it would move the shapes of a rehearsal off the meta device; else we load on the CPU
         self.expected = model.state_dict()  # name -> meta tensor
 
     def targets(self, names: list[str]) -> dict[str, str]:

@@ -40,6 +40,8 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
     for name, contents in config.experts.items():
         module = _get(model, name)
         pack_experts_in_place(module, contents, dtype)
+        # Some families initialise the experts from the block around them, and would miss the weights that went.
+        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         module.config._experts_implementation = seam.NAME
     for scheme, names in config.linears.items():
         for name in names:
