@@ -17,7 +17,7 @@ from moecompress.model.checkpoint import read_header
 from moecompress.pack.manifest import FOLDER, MANIFEST, read_manifest
 
 #: What an evaluation must say to be shown.
-NEEDED = ("model", "text", "sequences", "context_length", "kl_mean", "kl_interval_95", "perplexity",
+NEEDED = ("model", "sequences", "context_length", "kl_mean", "kl_interval_95", "perplexity",
           "reference_perplexity", "total_bytes", "bits_per_weight")  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path} is not an evaluation", expected="the JSON that moecompress evaluate -o writes",
                         got=f"no {', '.join(missing)}")  # fmt: skip
-    return record
+    return {"text": "unnamed text"} | record
 
 
 def stored_bytes(folder: Path, tensors: dict[str, dict[str, Any]]) -> dict[tuple[str, str], int]:

@@ -20,7 +20,7 @@ from moecompress.allocate.plan import Choice, Plan
 from moecompress.calibrate.statistics import LayerStatistics, Statistics
 from moecompress.errors import UserError
 from moecompress.report import plots, write_report
-from moecompress.report.records import errors_by_layer, fates_by_role, points, read_records
+from moecompress.report.records import errors_by_layer, fates_by_role, points, read_evaluation, read_records
 
 EVALUATION = {
     "model": "models/other<script>", "text": "texts/stories.txt", "sequences": 4, "context_length": 64, "kl_mean": 0.25,
@@ -114,6 +114,12 @@ def test_evaluations_are_shown_and_escaped(page: Page, packed_tiny: Path, evalua
     assert [point["kind"] for point in shown] == ["original", "plan", "uniform", "evaluation"]
     assert shown[0]["bytes"] > shown[1]["bytes"]
     assert shown[-1]["label"] == "other<script>, stories.txt"
+
+
+def test_an_evaluation_of_token_ids_has_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({key: value for key, value in EVALUATION.items() if key != "text"}))
+    assert read_evaluation(path)["text"] == "unnamed text"
 
 
 def test_errors_are_sorted_by_kind_and_layer(packed_tiny: Path) -> None:
