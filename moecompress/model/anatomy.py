@@ -135,6 +135,13 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
                         got=f"quant_method {method}", remedy=remedy)  # fmt: skip
 
 
+def refuse_other_tasks(model: PreTrainedModel) -> None:
+    """Calibration and evaluation need the distribution of the next token."""
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{type(model).__name__} has no language-model head", expected="a model that predicts the next token",
+                        remedy="pass the checkpoint of a causal language model, or of the part of the model that is one")  # fmt: skip
+
+
 def find_stack(model: PreTrainedModel) -> tuple[str, dict[int, MoELayer]]:
     """The list of decoder layers that holds the routed experts, and the experts in it."""
     stacks: dict[str, dict[int, MoELayer]] = defaultdict(dict)
@@ -154,7 +161,11 @@ def find_stack(model: PreTrainedModel) -> tuple[str, dict[int, MoELayer]]:
         raise UserError(f"{type(model).__name__} is not a Mixture-of-Experts model that moecompress can see",
                         expected="routed experts behind transformers' experts interface", got="none",
                         remedy="see `moecompress inspect --families`; a dense model can become one by `moecompress convert`")  # fmt: skip
-    return max(stacks.items(), key=lambda item: len(item[1]))
+    order = sorted(stacks.items(), key=lambda item: -len(item[1]))
+    if len(order) > 1 and len(order[1][1]) == len(order[0][1]):
+        raise UserError(f"{type(model).__name__} has experts in two stacks of layers", expected="one decoder that predicts the next token",
+                        got=f"{order[0][0]} and {order[1][0]}", remedy="this architecture is not supported yet")  # fmt: skip
+    return order[0]
 
 
 def rehearse(entries: Mapping[str, TensorEntry], model: PreTrainedModel, loader: Loader, moe: Iterable[MoELayer] = ()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
-from moecompress.model.anatomy import Anatomy, dissect, find_stack, refuse_quantized
+from moecompress.model.anatomy import Anatomy, dissect, find_stack, refuse_other_tasks, refuse_quantized
 from moecompress.model.checkpoint import Checkpoint, read_entry, read_header, write_shard, write_text
 from moecompress.model.skeleton import Loader, build_skeleton, load_config, release
 
@@ -39,6 +39,7 @@ class OpenModel:
         config.get_text_config().dtype = self.dtype
         self.config = config
         self.model = build_skeleton(config, trust_remote_code)
+        refuse_other_tasks(self.model)
         stack, moe = find_stack(self.model)
         if prepare is not None:
             prepare(self.model)
