@@ -38,8 +38,8 @@ def command(
     from moecompress import pipeline
     from moecompress.calibrate.data import split_heldout, token_batches
     from moecompress.convert.dense import convert_dense, default_shape
-    from moecompress.convert.smollm2 import load_smollm2
     from moecompress.cli.convert import CACHE
+    from moecompress.convert.smollm2 import load_smollm2
     from moecompress.evaluate.perplexity import perplexity
     from moecompress.evaluate.report import measure
     from moecompress.progress import say
@@ -63,7 +63,7 @@ def command(
     result = pipeline.quantize(job, output / "compressed")
     say("4/4  measure on text that neither conversion nor calibration has seen")
     record = measure(output / "compressed", output / "moe", unseen.ids)
-    record |= {"dense_perplexity": dense_perplexity, "active_share": converted["active_fraction"],
+    record |= {"text": "builtin, unseen part", "dense_perplexity": dense_perplexity, "active_share": converted["active_fraction"],
                "least_used_share": converted["least_used_share"], "measured_against_uniform": result.measured}  # fmt: skip
     evaluation = output / "evaluation.json"
     evaluation.write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -55,4 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder} has no manifest", expected=f"{FOLDER}/{MANIFEST}, as moecompress quantize writes it",
                         remedy="pass a folder made by `moecompress quantize`")  # fmt: skip
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged", got=str(error), remedy="copy or compress the folder again") from None
