@@ -25,16 +25,21 @@ SLOPE_STEP = 1e-2
 class ExpertMoments:
     """A chunk of n experts.
 
-    weights: projection -> float32 [n, out, in]. hessian: projection -> float32 [n, in, in], mean over tokens weighted by
-    the power of the gate and shrunk. row_weight: projection -> [n, out], how much a squared error of that output row (of
+    weights: projection -> float32 [n, out, in]. hessians: float32 [n, in, in] of the experts' input ("input", of gate and
+    up) and of what enters down ("inner"): means over tokens weighted by the power of the gate, shrunk. row_weight: projection -> [n, out], how much a squared error of that output row (of
     gate or up: before the activation) becomes squared error of the expert's output. mass: [n] Σ g² over tokens.
     """
 
     experts: list[int]
     weights: dict[str, torch.Tensor]
-    hessian: dict[str, torch.Tensor]
+    hessians: dict[str, torch.Tensor]
     row_weight: dict[str, torch.Tensor]
     mass: torch.Tensor
+
+    @staticmethod
+    def source(projection: str) -> str:
+        """Which Hessian belongs to a projection."""
+        return "inner" if projection == DOWN else "input"
 
 
 def chunk_size(layout: ExpertsLayout, workspace_bytes: int) -> int:
@@ -65,7 +70,7 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
         yield ExpertMoments(
             experts,
             weights,
-            {name: inner if name == DOWN else inputs for name in layout.projections},
+            {"input": inputs, "inner": inner},
             {name: torch.stack([part[2][name] for part in parts]) for name in parts[0][2]},
             torch.tensor([part[3] for part in parts]),
         )

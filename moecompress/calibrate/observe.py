@@ -24,7 +24,7 @@ from moecompress.model.experts import ExpertsLayout, parameters_from, projection
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
-from moecompress.quantize.encode import Settings, expected_error
+from moecompress.quantize.encode import Settings, expected_error, study
 from moecompress.quantize.gptq import rtn, values
 from moecompress.quantize.grid import fit
 from moecompress.runtime import seam
@@ -142,10 +142,12 @@ def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Ca
     chunk = chunk_size(layout, calibration.workspace_bytes)
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, sensitivity=True):
         names = [f"{moe.module}.{e}" for e in moments.experts]
+        # An expert without a usable Hessian is an error when it is compressed; here its prediction is merely worse.
+        inputs = {name: study(h, names, replace(settings, allow_fallback=True)) for name, h in moments.hessians.items()}
         mass = gate_square[moments.experts] + PRIOR_MASS * gate_square.mean()
         for p, projection in enumerate(layout.projections):
-            error = expected_error(moments.weights[projection], moments.hessian[projection], moments.row_weight[projection],
-                                   schemes, names, settings)  # fmt: skip
+            error = expected_error(moments.weights[projection], inputs[moments.source(projection)],
+                                   moments.row_weight[projection], schemes)  # fmt: skip
             harm[moments.experts, p] = error * mass[:, None]
     return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm}
 

@@ -19,7 +19,7 @@ from moecompress.model.checkpoint import read_header, write_shard, write_text
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
-from moecompress.quantize.encode import Settings, encode
+from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.packed import PackedBank, PackedLinear, pack_experts_in_place
 
 #: Group size of attention, shared-expert and dense matrices at 8 and 4 bits.
@@ -136,7 +136,7 @@ def capture_layer(walk: Walk, moe: MoELayer, calibration: Calibration) -> Captur
 def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Round a linear layer to nearest and swap it for a packed one; returns its tensors by name."""
     old = opened.model.get_submodule(name)
-    encoded = encode(old.weight[None].float(), None, scheme, [name], Settings(method="rtn"))
+    encoded = encode(old.weight[None].float(), None, scheme, Settings(method="rtn"))
     new = PackedLinear(scheme, old.out_features, old.in_features, old.bias is not None, opened.stored_dtype)
     new.bias = old.bias
     _fill(new.packed, encoded.bank.tensors())
@@ -159,6 +159,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     filled = _empty_banks(layout, contents, opened.stored_dtype)
     chunk = chunk_size(layout, calibration.workspace_bytes)
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
+        experts_here = [f"{moe.module}.{e}" for e in moments.experts]
+        inputs = {name: study(h, experts_here, settings) for name, h in moments.hessians.items()}
+        record["fallbacks"] += sorted({experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()})
         for projection in layout.projections:
             chosen: dict[Scheme, list[int]] = defaultdict(list)
             for position, expert in enumerate(moments.experts):
@@ -172,11 +175,10 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 if scheme.bits == 16:
                     bank.weight[slots] = weights.to(bank.weight.dtype)
                     continue
-                encoded = encode(weights, moments.hessian[projection][positions], scheme, names, settings)
+                encoded = encode(weights, inputs[moments.source(projection)].take(positions), scheme, settings)
                 for key, value in encoded.bank.tensors().items():
                     getattr(bank, key)[slots] = value
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
-                record["fallbacks"] += encoded.fallen
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
     for (projection, name), found in members.items():

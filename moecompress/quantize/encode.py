@@ -25,48 +25,70 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What error feedback needs to know of the inputs of n matrices; gate and up of an expert share theirs.
+
+    hessian [n, i, i]; order [n, i] of processing; upper [n, i, i] inverse Cholesky factor in that order; fallen [n] True
+    where the factorisation failed and the matrix is rounded to nearest.
+    """
+
+    hessian: torch.Tensor
+    order: torch.Tensor
+    upper: torch.Tensor
+    fallen: torch.Tensor
+
+    def take(self, positions: list[int]) -> Inputs:
+        if len(positions) == len(self.hessian):
+            return self
+        return Inputs(self.hessian[positions], self.order[positions], self.upper[positions], self.fallen[positions])
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ)."""
 
     bank: IntBank
     error: torch.Tensor
-    fallen: list[str]
 
 
-def encode(weights: torch.Tensor, hessian: torch.Tensor | None, scheme: Scheme, names: list[str], settings: Settings) -> Encoded:
-    """weights: float32 [n, o, i]; hessian: float32 [n, i, i] or None (plain rounding, all inputs alike)."""
+def study(hessian: torch.Tensor, names: list[str], settings: Settings) -> Inputs:
+    """Order and factors of Hessians [n, i, i]; ``names`` for the error message when one cannot be factorised."""
+    order = processing_order(hessian.diagonal(dim1=-2, dim2=-1), settings.order)
+    upper, failed = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
+    fallen = torch.tensor([name in failed for name in names])
+    if failed:  # only the diagonal is believed then: rounding to nearest
+        diagonal = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1))
+        hessian = torch.where(fallen[:, None, None], diagonal, hessian)
+    return Inputs(hessian, order, upper, fallen)
+
+
+def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
+    """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike."""
     experts, _, cols = weights.shape
-    fallen: list[str] = []
-    if hessian is None or settings.method == "rtn":
-        diagonal = torch.ones(experts, cols) if hessian is None else hessian.diagonal(dim1=-2, dim2=-1)
-        grid = fit(weights, diagonal, scheme.bits, scheme.group, scheme.symmetric)
+    if inputs is None or settings.method == "rtn":
+        hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+        grid = fit(weights, hessian.diagonal(dim1=-2, dim2=-1), scheme.bits, scheme.group, scheme.symmetric)
         codes = gptq.rtn(weights, grid)
-        hessian = torch.diag_embed(diagonal) if hessian is None else hessian
     else:
-        grid, codes, fallen = _feedback(weights, hessian, scheme, names, settings)
+        hessian = inputs.hessian
+        grid, codes = _feedback(weights, inputs, scheme, settings)
     lost = gptq.row_errors(weights, hessian, gptq.values(codes, grid)).sum(-1)
     whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
     bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, scheme.bits, scheme.group)
-    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny), fallen)
+    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _feedback(weights: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, names: list[str], settings: Settings
-              ) -> tuple[Grid, torch.Tensor, list[str]]:  # fmt: skip
-    cols = weights.shape[-1]
+def _feedback(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> tuple[Grid, torch.Tensor]:
+    hessian, cols = inputs.hessian, weights.shape[-1]
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    order = processing_order(diagonal, settings.order)
-    upper, fallen = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
-    if fallen:  # without a usable Hessian only its diagonal is believed: rounding to nearest
-        rounded = torch.tensor([name in fallen for name in names])
-        hessian = torch.where(rounded[:, None, None], torch.diag_embed(diagonal), hessian)
     grid = fit(weights, diagonal, scheme.bits, scheme.group, scheme.symmetric)
-    codes = gptq.gptq(weights, upper, order, grid)
+    codes = gptq.gptq(weights, inputs.upper, inputs.order, grid)
     # The descent optimises the Hessian itself; damping keeps it from chasing directions that calibration never saw.
     damped = hessian + torch.diag_embed((settings.damping * diagonal.mean(-1)).clamp_min(1e-30)[:, None].expand(-1, cols))
     for _ in range(settings.refine):
         grid = gptq.refit(weights, damped, codes, grid)
         codes = gptq.descend(weights, damped, codes, grid)
-    return grid, codes, fallen
+    return grid, codes
 
 
 def processing_order(diagonal: torch.Tensor, order: str) -> torch.Tensor:
@@ -82,19 +104,16 @@ def permuted(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return rows.gather(2, order[:, None, :].expand(-1, size, -1))
 
 
-def expected_error(weights: torch.Tensor, hessian: torch.Tensor, row_weight: torch.Tensor, schemes: list[Scheme],
-                   names: list[str], settings: Settings) -> torch.Tensor:  # fmt: skip
+def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme]) -> torch.Tensor:
     """Expected output error [n, C] of each scheme under GPTQ, without running GPTQ.
 
     Error feedback turns tr(Δ H Δᵀ) into Σ_j D_j δ_j² with D the diagonal of the LDL factorisation of H in the order of
     processing and δ_j plain rounding errors of column j (they are nearly uniform on the grid cell, so those of the
     original weights stand for those of the updated ones). row_weight [n, o] converts rows to the expert's output.
     """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    order = processing_order(diagonal, settings.order)
-    upper, _ = factor(permuted(hessian, order), settings.damping, names, allow_fallback=True)
-    pivots = upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
-    column_cost = torch.empty_like(pivots).scatter_(1, order, pivots)
+    diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1)
+    pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
+    column_cost = torch.empty_like(pivots).scatter_(1, inputs.order, pivots)
     result = torch.zeros(len(weights), len(schemes), dtype=torch.float64)
     for index, scheme in enumerate(schemes):
         if scheme.bits == 16:

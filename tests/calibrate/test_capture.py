@@ -63,19 +63,18 @@ def test_hessians_against_a_loop_in_double(experts, capture, chunk):
                         h_in += g2 * torch.outer(x, x)
                         h_mid += g2 * torch.outer(a, a)
                         mass += g2
-            assert torch.allclose(part.hessian["gate"][i].double(), h_in / mass, atol=1e-4)
-            assert torch.allclose(part.hessian["up"][i].double(), h_in / mass, atol=1e-4)
-            assert torch.allclose(part.hessian["down"][i].double(), h_mid / mass, atol=1e-3)
+            assert torch.allclose(part.hessians["input"][i].double(), h_in / mass, atol=1e-4)
+            assert torch.allclose(part.hessians["inner"][i].double(), h_mid / mass, atol=1e-3)
             assert float(part.mass[i]) == pytest.approx(mass, rel=1e-4)
 
 
 def test_unreached_expert_gets_the_pool_and_no_nan(experts, capture):
     (part,) = expert_moments(experts, layout_of(experts), capture, "g2", 1.0, E, sensitivity=True)
     kept = capture.hidden[capture.keep]
-    assert torch.allclose(part.hessian["gate"][4], kept.T @ kept / len(kept), atol=1e-4)
-    for tensors in (part.hessian, part.row_weight):
+    assert torch.allclose(part.hessians["input"][4], kept.T @ kept / len(kept), atol=1e-4)
+    for tensors in (part.hessians, part.row_weight):
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
-    assert part.hessian["down"][4].diagonal().sum() > 0
+    assert part.hessians["inner"][4].diagonal().sum() > 0
 
 
 def test_row_weights_predict_the_output_error_of_small_perturbations(experts, capture):
@@ -98,7 +97,7 @@ def test_row_weights_predict_the_output_error_of_small_perturbations(experts, ca
                 delta = 1e-3 * torch.randn(M, D, generator=generator)
                 changed = output(w | {projection: w[projection] + delta})
                 measured += float((g[:, None] ** 2 * (changed - clean) ** 2).sum())
-                rows = ((delta @ part.hessian[projection][e]) * delta).sum(-1)
+                rows = ((delta @ part.hessians[part.source(projection)][e]) * delta).sum(-1)
                 predicted += float((rows * part.row_weight[projection][e]).sum() * part.mass[e])
         assert predicted == pytest.approx(measured, rel=0.3)
 

@@ -11,7 +11,7 @@ from moecompress.errors import UserError
 from moecompress.kernels import rounding
 from moecompress.pack.scheme import Scheme
 from moecompress.quantize import gptq
-from moecompress.quantize.encode import Settings, encode, expected_error, permuted, processing_order
+from moecompress.quantize.encode import Settings, encode, expected_error, permuted, processing_order, study
 from moecompress.quantize.grid import Grid, fit, nearest
 from moecompress.quantize.hessian import factor, moment, shrink
 
@@ -146,9 +146,10 @@ def test_expected_error_ranks_and_predicts_what_gptq_does():
     weights = weights * torch.logspace(-1, 1, 6)[:, None, None]
     schemes = [Scheme(2, 32), Scheme(3, 32), Scheme(4, 32), Scheme(16)]
     names = list("abcdef")
-    predicted = expected_error(weights, hessian, torch.ones(6, 40), schemes, names, Settings())
+    inputs = study(hessian, names, Settings())
+    predicted = expected_error(weights, inputs, torch.ones(6, 40), schemes)
     for c, scheme in enumerate(schemes[:3]):
-        encoded = encode(weights, hessian, scheme, names, Settings())
+        encoded = encode(weights, inputs, scheme, Settings())
         whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
         ratio = (encoded.error * whole).double() / predicted[:, c]
         assert 0.65 < float(ratio.min()) and float(ratio.max()) < 1.5 and float(ratio.max() / ratio.min()) < 1.35
@@ -160,7 +161,7 @@ def test_encode_stores_what_it_measured():
     from moecompress.pack.int_format import dequantize
 
     for method in ("gptq", "rtn"):
-        encoded = encode(weights, hessian, Scheme(3, 32), list("abc"), Settings(method=method))
+        encoded = encode(weights, study(hessian, list("abc"), Settings()), Scheme(3, 32), Settings(method=method))
         stored = dequantize(encoded.bank)
         h = hessian if method == "gptq" else hessian
         error = gptq.row_errors(weights, h, stored).sum(-1) / gptq.row_errors(weights, h, torch.zeros(())).sum(-1)
@@ -173,7 +174,7 @@ def test_all_zero_and_constant_matrices_survive():
     hessian = torch.zeros(2, 32, 32)
     hessian[1] = torch.eye(32)
     for scheme in (Scheme(2, 32), Scheme(4, 0, False)):
-        encoded = encode(weights, hessian, scheme, ["zero", "constant"], Settings())
+        encoded = encode(weights, study(hessian, ["zero", "constant"], Settings()), scheme, Settings())
         from moecompress.pack.int_format import dequantize
 
         stored = dequantize(encoded.bank)
@@ -189,8 +190,9 @@ def test_failed_factorisation_names_the_expert_unless_fallback_is_allowed():
     upper, fallen = factor(broken, 0.01, ["layers.3.experts.5"], allow_fallback=True)
     assert fallen == ["layers.3.experts.5"] and torch.equal(upper[0], torch.eye(8))
     weights = torch.randn(1, 4, 8)
-    encoded = encode(weights, broken, Scheme(4, 0), ["layers.3.experts.5"], Settings(allow_fallback=True))
-    assert encoded.fallen == ["layers.3.experts.5"] and torch.isfinite(encoded.error).all()
+    inputs = study(broken, ["layers.3.experts.5"], Settings(allow_fallback=True))
+    encoded = encode(weights, inputs, Scheme(4, 0), Settings(allow_fallback=True))
+    assert inputs.fallen.all() and torch.isfinite(encoded.error).all()
 
 
 def test_damping_is_raised_before_giving_up():
