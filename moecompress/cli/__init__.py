@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "run": "run",
     "report": "report",
     "convert": "convert",
+    "bench": "bench",
 }
 
 
