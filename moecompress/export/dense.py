@@ -83,7 +83,8 @@ def layer_tensors(opened: OpenModel, plain: PreTrainedModel, layer: int | None, 
     return tensors | original_names(opened, plain, parameters)
 
 
-def original_names(opened: OpenModel, plain: PreTrainedModel, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def original_names(opened: OpenModel, plain: PreTrainedModel, parameters: dict[str, torch.Tensor]
+                   ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Parameters of modules as the tensors of the original checkpoint: experts taken apart, families' own names.
 
     transformers would revert only the conversions that loading used, and packed experts used none: tell it all of the

@@ -67,10 +67,10 @@ def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) ->
     from accelerate import init_empty_weights
 
     with quiet_transformers(), init_empty_weights(include_buffers=False):
-        architecture = _architecture(config)
+        found = architecture(config)
         try:
-            if architecture is not None:
-                model = architecture._from_config(config)
+            if found is not None:
+                model = found._from_config(config)
             else:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except Exception as error:  # as above: a wrong size or name in the config
@@ -103,7 +103,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
 
 
-def _architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The class that config.json names, if it is one of transformers' own (a VL model is not AutoModelForCausalLM)."""
     import transformers
 
@@ -122,7 +122,7 @@ class Loader:
         self.mapping = get_model_conversion_mapping(model, None, None)
         for entry in self.mapping:
             if isinstance(entry, WeightConverter):
-                entry.force_cpu = False  # it would move the shapes of a rehearsal off the meta device; else we load on the CPU
+                entry.force_cpu = False  # in a rehearsal on the meta device it would fail, elsewhere we load on the CPU
         self.expected = model.state_dict()  # name -> meta tensor
 
     def targets(self, names: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,14 +39,16 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
     """Replace experts and linear layers of a (weightless) model by packed ones, and switch the experts seam on."""
     dtype = getattr(torch, config.dtype)
     for name, contents in config.experts.items():
-        module = _get(model, name)
+        name = _resolve(model, name)
+        module: Any = model.get_submodule(name)
         pack_experts_in_place(module, contents, dtype)
         # Some families initialise the experts from the block around them, and would miss the weights that went.
-        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         module.config._experts_implementation = seam.NAME
     for scheme, names in config.linears.items():
         for name in names:
-            old = _get(model, name)
+            name = _resolve(model, name)
+            old: Any = model.get_submodule(name)
             new = PackedLinear(Scheme.parse(scheme), old.out_features, old.in_features, old.bias is not None, dtype)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
@@ -61,23 +64,25 @@ def prepare(folder: Path) -> Callable[[PreTrainedModel], None] | None:
 
 def load(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder, compressed or not, ready to generate; weights stay packed."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM
 
-    from moecompress.model.skeleton import quiet_transformers
+    from moecompress.model.skeleton import architecture, load_config, quiet_transformers
 
     with quiet_transformers():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        causal = type(config) in AutoModelForCausalLM._model_mapping or trust_remote_code
-        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-        return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        found = architecture(load_config(folder, trust_remote_code)) or AutoModelForCausalLM
+        return found.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
-def _get(model: nn.Module, name: str) -> Any:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise UserError(f"config.json names a packed module {name} that the model does not have",
-                        remedy="config.json was changed or belongs to another model: copy the folder again") from None  # fmt: skip
+def _resolve(model: nn.Module, name: str) -> str:
+    """The module's name in this model: the text model of a multimodal checkpoint lacks one step of the path."""
+    parts = name.split(".")
+    for skipped in (None, *range(len(parts))):
+        found = ".".join(part for step, part in enumerate(parts) if step != skipped)
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(found)
+            return found
+    raise UserError(f"config.json names a packed module {name} that the model does not have",
+                    remedy="config.json was changed or belongs to another model: copy the folder again")  # fmt: skip
 
 
 def verify_files(folder: Path) -> None:
