@@ -66,26 +66,31 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
     work.mkdir(parents=True, exist_ok=True)
     moe = opened.anatomy.moe
     sources = calibration.batches
-    probes = {layer: index % len(sources) for index, layer in enumerate(sorted(moe))}  # layer -> lane it perturbs a copy of
+    # Each layer's probe perturbs a copy of the first sequences of a micro-batch; all probes together add about half a pass.
+    probes = {layer: index % len(sources) for index, layer in enumerate(sorted(moe))}
     lanes = {layer: len(sources) + index for index, layer in enumerate(sorted(moe))}
+    size = max(1, min(calibration.micro_batch, len(calibration.ids) // len(moe)))
     seam_on(opened)
-    with Walk(opened, [*sources, *(sources[lane] for lane in probes.values())]) as walk:
+    with Walk(opened, [*sources, *(sources[lane][:size] for lane in probes.values())]) as walk:
         start = walk.restore(work)
+        alone = walk.resumable()  # else layers also hand on keys or the like, so every lane must run them itself
         energy: dict[int, float] = {int(k): v for k, v in _read(work / "energy.json").items()}
         for layer in track(walk.layers(start), "calibrate", len(opened.layers) - start):
             outputs: list[Any] = [None] * len(walk.waiting)
             if layer in moe:
                 capture, clean = _capture(walk, moe[layer], calibration, outputs, probes[layer])
                 statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings)
+                clean = clean[: walk.batches[lanes[layer]].numel()]
                 outputs[lanes[layer]], energy[layer] = _perturb(walk, moe[layer], lanes[layer], clean)
                 write_shard(work / f"layer-{layer:04d}.safetensors", statistics)
             else:
                 for lane in range(len(sources)):
                     outputs[lane] = walk.run(lane)
+            shared = {source: first(outputs[source], size) for source in set(probes.values())}
             for probed, lane in lanes.items():
-                if probed > layer:  # not perturbed yet: the same values as its source
-                    outputs[lane] = outputs[probes[probed]]
-                elif probed < layer:
+                if probed > layer and alone:  # not perturbed yet: the same values as its source
+                    outputs[lane] = shared[probes[probed]]
+                elif probed != layer:
                     outputs[lane] = walk.run(lane)
             last = layer == len(opened.layers) - 1
             if not last:
@@ -105,6 +110,13 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
     layers = _smooth(layers)
     return Statistics([s.name for s in schemes], list(moe[min(moe)].layout.projections), layers,
                       calibration.fingerprint(), calibration.text)  # fmt: skip
+
+
+def first(output: Any, count: int) -> Any:
+    """The first sequences of a layer's output (a tensor, or a tuple of tensors and None)."""
+    if isinstance(output, tuple):
+        return tuple(None if part is None else first(part, count) for part in output)
+    return output if len(output) <= count else output[:count].clone()
 
 
 def seam_on(opened: OpenModel) -> None:
@@ -199,7 +211,8 @@ def _divergences(walk: Walk, outputs: list[Any], probes: dict[int, int], lanes: 
         reference = F.log_softmax(walk.logits(source, outputs[source]).float(), dim=-1)
         for layer in (layer for layer, lane in probes.items() if lane == source):
             other = F.log_softmax(walk.logits(lanes[layer], outputs[lanes[layer]]).float(), dim=-1)
-            result[layer] = float(F.kl_div(other, reference, log_target=True, reduction="sum").double().clamp_min(0))
+            divergence = F.kl_div(other, reference[: len(other)], log_target=True, reduction="sum")
+            result[layer] = float(divergence.double().clamp_min(0))
     return result
 
 

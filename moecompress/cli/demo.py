@@ -9,10 +9,10 @@ import typer
 
 from moecompress.cli.common import Json, print_json, size_text
 
-#: 16,384 tokens to calibrate on and 16,384 others to measure on, of the text that every CPython ships.
-SEQUENCES, EVALUATION, LENGTH = 32, 32, 512
+#: 12,288 tokens to calibrate on and 8,192 others to measure on, of the text that every CPython ships.
+SEQUENCES, EVALUATION, LENGTH = 24, 16, 512
 RECIPE = ["name=demo", "target.bits=3.0", f"calibration.sequences={SEQUENCES}", f"calibration.length={LENGTH}",
-          "calibration.heldout=6"]  # fmt: skip
+          "calibration.heldout=4"]  # fmt: skip
 
 
 def command(
