@@ -20,7 +20,7 @@ from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.statistics import LayerStatistics, Statistics
 from moecompress.model.anatomy import MoELayer
 from moecompress.model.checkpoint import write_shard, write_text
-from moecompress.model.experts import ExpertsLayout, parameters_from, projections
+from moecompress.model.experts import ExpertsLayout, projections
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
@@ -81,7 +81,6 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
                 capture, clean = _capture(walk, moe[layer], calibration, outputs, probes[layer])
                 statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings)
                 clean = clean[: walk.batches[lanes[layer]].numel()]
-                outputs[lanes[layer]], energy[layer] = _perturb(walk, moe[layer], lanes[layer], clean)
                 write_shard(work / f"layer-{layer:04d}.safetensors", statistics)
             else:
                 for lane in range(len(sources)):
@@ -92,6 +91,8 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
                     outputs[lane] = shared[probes[probed]]
                 elif probed != layer:
                     outputs[lane] = walk.run(lane)
+            if layer in moe:  # at the end, since it spoils the weights
+                outputs[lanes[layer]], energy[layer] = _perturb(walk, moe[layer], lanes[layer], clean)
             last = layer == len(opened.layers) - 1
             if not last:
                 if walk.resumable():
@@ -167,31 +168,19 @@ def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Ca
 def _perturb(walk: Walk, moe: MoELayer, lane: int, clean: torch.Tensor) -> tuple[Any, float]:
     """Run a layer with coarsely rounded experts; returns its output and the squared error of the experts' output."""
     experts = walk.opened.model.get_submodule(moe.module)
-    with rounded(experts, moe.layout), expert_outputs(experts) as seen:
+    round_in_place(experts, moe.layout)
+    with expert_outputs(experts) as seen:
         output = walk.run(lane)
     return output, float((torch.cat(seen).double() - clean.double()).square().sum())
 
 
-@contextmanager
-def rounded(experts: nn.Module, layout: ExpertsLayout) -> Iterator[None]:
-    """The experts' weights rounded to nearest in the PROBE scheme, put back afterwards."""
-    original = {name: experts._parameters[name] for name in layout.parameters}
-    weights = {}
-    for name, stored in projections(experts, layout).items():
-        coarse = torch.empty_like(stored, memory_format=torch.contiguous_format)
+def round_in_place(experts: nn.Module, layout: ExpertsLayout) -> None:
+    """Round the experts' weights to nearest in the PROBE scheme. In place: a copy would be a second layer in memory."""
+    for stored in projections(experts, layout).values():
         for expert in range(layout.experts):
             one = stored[expert : expert + 1].float()
             grid = fit(one, torch.ones(1, one.shape[-1]), PROBE.bits, PROBE.group, PROBE.symmetric)
-            coarse[expert] = values(rtn(one, grid), grid)[0].to(coarse.dtype)
-        weights[name] = coarse
-    for name, tensor in parameters_from(weights, layout).items():
-        experts._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    del weights
-    try:
-        yield
-    finally:
-        for name, parameter in original.items():
-            experts._parameters[name] = parameter
+            stored[expert] = values(rtn(one, grid), grid)[0].to(stored.dtype)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def resolve(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"Cannot get the model {model}", expected="a local folder or a reachable hub id",
-                        got=str(error).splitlines()[0], remedy="check the spelling, the network, or pass a folder")  # fmt: skip
+                        got=str(error).splitlines()[0], remedy="check the spelling, the network, or pass a folder") from None  # fmt: skip
 
 
 def read_config(folder: Path) -> dict:

@@ -179,7 +179,7 @@ class Loader:
         for expert, members in enumerate(zip(*sources.values(), strict=True)):
             one = deepcopy(self._converter(next(iter(sources))))
             for pattern, name in zip(sources, members, strict=True):
-                one.add_tensor(target, name, pattern, read(name).to(expected.dtype))  # type: ignore[arg-type]
+                one.add_tensor(target, name, pattern, read(name).to(expected.dtype))
             (value,) = one.convert(target, model=self.model, config=self.model.config).values()
             whole[expert : expert + 1] = value[0] if isinstance(value, list) else value
         module, _, name = target.rpartition(".")

@@ -20,8 +20,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
-from moecompress.model.anatomy import Anatomy, dissect, find_stack, refuse_other_tasks, refuse_quantized
+from moecompress.model.anatomy import (
+    EMBEDDING,
+    HEAD,
+    IGNORED,
+    Anatomy,
+    dissect,
+    find_stack,
+    refuse_other_tasks,
+    refuse_quantized,
+)
 from moecompress.model.checkpoint import Checkpoint, read_entry, read_header, write_shard, write_text
+from moecompress.model.memory import map_large_blocks, trim
 from moecompress.model.skeleton import Loader, build_skeleton, load_config, release
 
 
@@ -53,9 +63,16 @@ class OpenModel:
         """Bring the weights of one decoder layer in."""
         self._load(tensor.name for tensor in self.anatomy.of_layer(layer))
 
-    def load_rest(self) -> None:
-        """Bring in everything outside the decoder layers: embeddings, final norm, head."""
-        self._load(t.name for t in self.anatomy.of_layer(None) if t.role != "not_in_model")
+    def load_before(self) -> None:
+        """Bring in what comes before the decoder layers: everything outside them except the head."""
+        self._load(t.name for t in self.anatomy.of_layer(None) if t.role not in (IGNORED, HEAD))
+        self.model.tie_weights()
+
+    def load_after(self) -> None:
+        """Bring in what comes behind the decoder layers: final norm and head; embeddings only if they are the head."""
+        tied = bool(getattr(self.model, "all_tied_weights_keys", None))
+        kept = (IGNORED,) if tied else (IGNORED, EMBEDDING)
+        self._load(t.name for t in self.anatomy.of_layer(None) if t.role not in kept)
         self.model.tie_weights()
 
     def _load(self, names) -> None:
@@ -96,12 +113,14 @@ class Walk:
         self.outputs: list[Any] = [None] * len(batches)
         self._lanes: list[greenlet] = []
         self.layer = -1
+        self._behind = False  # has a micro-batch passed the last layer?
 
     def __enter__(self) -> Walk:
+        map_large_blocks()
         self._hub = getcurrent()
         for index, layer in enumerate(self.opened.layers):
             layer.forward = self._pause(index)
-        self.opened.load_rest()
+        self.opened.load_before()
         try:
             with torch.no_grad():
                 for lane in range(len(self.batches)):
@@ -119,16 +138,20 @@ class Walk:
                 lane.throw(GreenletExit)
         for layer in self.opened.layers:
             layer.__dict__.pop("forward", None)
+        release(self.model)
+        trim()
 
     def layers(self, start: int = 0) -> Iterator[int]:
-        """Load layer after layer; the caller must `step` every micro-batch before the next one."""
+        """Load layer after layer; the caller must `step` every micro-batch before the next one.
+
+        At the last layer, all `run`s must come before the first `step`, which trades the layer for the head.
+        """
         for layer in range(start, len(self.opened.layers)):
             self.layer = layer
             self.opened.load_layer(layer)
-            if layer == len(self.opened.layers) - 1:
-                self.opened.load_rest()
             yield layer
             self.opened.release_layer(layer)
+            trim()
 
     def run(self, lane: int) -> Any:
         """The current layer's output for one micro-batch, with whatever weights it has now. Changes nothing."""
@@ -144,6 +167,11 @@ class Walk:
             if isinstance(part, torch.Tensor) and part.is_floating_point() and not torch.isfinite(part).all():
                 raise UserError(f"Decoder layer {self.layer} computes NaN or Inf in {str(part.dtype).removeprefix('torch.')}",
                                 remedy="compute in another dtype (--set compute.dtype=float32), or repair the model")  # fmt: skip
+        if self.layer == len(self.opened.layers) - 1 and not self._behind:
+            self._behind = True
+            self.opened.release_layer(self.layer)
+            trim()
+            self.opened.load_after()
         with torch.no_grad():
             self._advance(lane, output)
 
@@ -219,8 +247,6 @@ class Walk:
         entries = read_header(folder / f"hidden-{state['layer']:04d}.safetensors")
         for self.layer in range(state["layer"] + 1):
             last = self.layer == state["layer"]
-            if last and self.layer == len(self.opened.layers) - 1:
-                self.opened.load_rest()
             read: dict[str, torch.Tensor] = {}
             for lane, (is_tuple, names) in enumerate(state["outputs"]):
                 if last:

@@ -1,0 +1,33 @@
+"""Freed memory goes back to the system, so that a run over many layers needs no more than its largest layer.
+
+glibc serves blocks of up to 32 MB from heaps that it hardly ever shrinks: after a few layers of tensors of all sizes
+such heaps hold several layers' worth of holes. With a fixed threshold every large block is a mapping of its own, gone
+when freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+#: Blocks from this size on are mapped. Smaller ones are too many to map; their holes are reused.
+LARGE = 1024**2
+
+
+def map_large_blocks() -> None:
+    """For the whole process, from now on. Other C libraries than glibc do something like it on their own."""
+    call = _glibc("mallopt")
+    if call is not None:
+        call(_M_MMAP_THRESHOLD, LARGE)
+
+
+def trim() -> None:
+    """Give the system back whatever whole pages are free inside the heaps."""
+    call = _glibc("malloc_trim")
+    if call is not None:
+        call(0)
+
+
+def _glibc(name: str):
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
