@@ -47,7 +47,7 @@ def dequantize(bank: IntBank, dtype: torch.dtype = torch.float32, index: Tensor 
 
 
 def native_status() -> str:
-    """What runs on the CPU: "avx512", "avx2", "neon" or "scalar"; or "reference: <why>"."""
+    """What runs on the CPU: "avx512_vnni", "avx512", "avx2", "neon" or "scalar"; or "reference: <why>"."""
     return native.status()
 
 

@@ -17,7 +17,7 @@ from moecompress.pack import int_format
 from moecompress.pack.int_format import BITS, GROUPS, IntBank
 
 BEST = native.status()
-SETS = [name for name in ("avx512", "avx2", "neon", "scalar") if native.choose(name)]
+SETS = [name for name in ("avx512_vnni", "avx512", "avx2", "neon", "scalar") if native.choose(name)]
 if SETS:
     native.choose(BEST)
 
@@ -79,6 +79,9 @@ def assert_product(
     for slot in range(weights.shape[0]):
         exact[slots == slot] = x[slots == slot].double() @ weights[slot].T
         bound[slots == slot] = x[slots == slot].double().abs() @ weights[slot].T.abs() * weight_error
+        if x.dtype == torch.bfloat16:  # avx512_vnni: small x beside large ones are rounded to 2^-15 of those
+            largest = x[slots == slot].double().abs().amax(dim=1, keepdim=True)
+            bound[slots == slot] += weights[slot].abs().sum(dim=1) * largest / 2**15
     if y.dtype != torch.float32:
         bound = bound + exact.abs() * torch.finfo(y.dtype).eps
     assert y.dtype == x.dtype and y.shape == exact.shape
@@ -128,6 +131,31 @@ def test_dequantize_is_bit_for_bit_the_format(kernel, symmetric, dtype):
         index = torch.tensor([2, 0, 2])
         for first, last in ((0, 5), (2, 4)):
             assert torch.equal(unpack(bank, dtype, index, first, last), expected[index, first:last])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bfloat16_within_a_factor_of_64_is_exact(kernel, bits):
+    bank, weights = bank_and_weights(33, 300, bits, 32, False)
+    generator = torch.Generator().manual_seed(bits)
+    x = (torch.rand(5, 300, generator=generator) * 4.5 - 2.2).exp2()
+    x = (x * (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1) * 2.0**20).bfloat16()
+    slots = torch.tensor([0, 1, 2, 1, 2], dtype=torch.int32)
+    y = multiply(kernel, x, slots, bank)
+    exact = torch.einsum("src,sc->sr", weights[slots.long()], x.double())
+    scale = torch.einsum("src,sc->sr", weights[slots.long()].abs(), x.double().abs())
+    assert bool(((y.double() - exact).abs() <= exact.abs() * 2**-8 + scale * 1e-6).all())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e38, 1e-38, 0.0])
+def test_extreme_activations(kernel, value):
+    bank, weights = bank_and_weights(4, 70, 4, 32, False)
+    x = torch.zeros(1, 70, dtype=torch.bfloat16)
+    x[0, 33] = value
+    y = multiply(kernel, x, torch.tensor([1], dtype=torch.int32), bank)[0].double()
+    if x.isfinite().all():
+        assert bool(((y - weights[1, :, 33] * x[0, 33].double()).abs() <= y.abs() / 128 + 1e-30).all())
+    else:
+        assert not y[weights[1, :, 33] != 0].isfinite().any()
 
 
 def test_not_a_number_stays_one(kernel):
