@@ -21,9 +21,12 @@ ATTENTION, SHARED, DENSE = "attention", "shared", "dense_ffn"
 EXPERT, EXPERT_BIAS, ROUTER, NORM, EMBEDDING, HEAD, IGNORED, OTHER = (
     "expert", "expert_bias", "router", "norm", "embedding", "head", "not_in_model", "other",
 )  # fmt: skip
-#: Projections into and out of MLA latents: quantizing them ruins the model for no gain in size.
-MLA_LATENT = re.compile(r"(^|\.)(q_a_proj|q_b_proj|q_gate_proj|kv_a_proj\w*|kv_b_proj|wq_a|wq_b|wkv_a|wkv_b)$")
+#: Projections into and out of MLA latents, and what picks or sums up the tokens that sparse attention looks at:
+#: quantizing them ruins the model for no gain in size.
+MLA_LATENT = re.compile(r"(^|\.)(q_a_proj|q_b_proj|q_gate_proj|kv_a_proj\w*|kv_b_proj|wq_a|wq_b|wkv_a|wkv_b)$"
+                        r"|(^|\.)(indexer|compressor)\.")  # fmt: skip
 ATTENTION_PATH = re.compile(r"(^|\.)\w*(attn|attention)\w*(\.|$)", re.IGNORECASE)
+SHARED_PATH = re.compile(r"(^|\.)shared_(mlp|expert)\w*\.")
 DENSE_PATH = re.compile(r"(^|\.)(mlp|ffn|feed_forward|dense)\w*\.")
 #: What weights may be stored in.
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -276,11 +279,14 @@ class _Roles:
         return self._linear_role(module_name)
 
     def _linear_role(self, module_name: str) -> str:
-        if ATTENTION_PATH.search(module_name.removeprefix(self.stack)):
+        """By the path, or where all parts of a layer have one name (``mixer``) by the class of the module around it."""
+        path = module_name.removeprefix(self.stack)
+        around = type(self.modules[module_name.rpartition(".")[0]]).__name__.lower()
+        if ATTENTION_PATH.search(path) or around.endswith("attention"):
             return ATTENTION
-        if any(module_name.startswith(block + ".") for block in self.blocks):
+        if SHARED_PATH.search(path) or any(module_name.startswith(block + ".") for block in self.blocks):
             return SHARED
-        return DENSE if DENSE_PATH.search(module_name) else OTHER
+        return DENSE if DENSE_PATH.search(path) or around.endswith("mlp") else OTHER
 
     def _is_router(self, parameter: str, block: str, tensor: torch.Tensor) -> bool:
         """Inside the MoE block: one row or value an expert, or a gate with a single output."""
