@@ -70,7 +70,8 @@ class Job:
     def calibration(self) -> Calibration:
         used, _ = split_heldout(self.tokens, self.recipe.calibration.heldout)
         largest = max(
-            sum(tensor.nbytes for tensor in self.opened.anatomy.of_layer(layer)) for layer in range(self.opened.anatomy.num_layers)
+            sum(tensor.nbytes for tensor in self.opened.anatomy.of_layer(layer))
+            for layer in range(self.opened.anatomy.num_layers)
         )
         return Calibration(used.ids, used.mask, self.recipe.compute.micro_batch, self.recipe.quantize.hessian,
                            self.recipe.quantize.shrink, max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * largest)), self.text)  # fmt: skip
@@ -120,7 +121,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
     except Exception as error:  # damaged files raise whatever they lead to, deep inside transformers and tokenizers
         problem = first_line(error)
     if problem is not None:
-        raise UserError(f"No usable tokenizer in {folder}", got=problem, remedy="copy the tokenizer's files into the folder")
+        raise UserError(
+            f"No usable tokenizer in {folder}", got=problem, remedy="copy the tokenizer's files into the folder"
+        )
     return tokenizer
 
 
@@ -138,7 +141,9 @@ def compute_dtype(folder: Path, wanted: str) -> torch.dtype | None:
 def calibrate(job: Job, work: Path) -> Statistics:
     if (work / "statistics.json").exists():
         statistics = Statistics.load(work)
-        if statistics.fingerprint == job.calibration.fingerprint() and statistics.schemes == [s.name for s in job.schemes]:
+        if statistics.fingerprint == job.calibration.fingerprint() and statistics.schemes == [
+            s.name for s in job.schemes
+        ]:
             return statistics
         shutil.rmtree(work)
     statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work)
@@ -183,7 +188,10 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     summaries = {label: divergence.summary() for label, divergence in measured.items()}
     if len(measured) == 2:
         difference = (measured["plan"].kl - measured["uniform"].kl).mean(1)
-        summaries["plan_minus_uniform"] = {"kl_mean": float(difference.mean()), "kl_interval_95": list(bootstrap(difference))}
+        summaries["plan_minus_uniform"] = {
+            "kl_mean": float(difference.mean()),
+            "kl_interval_95": list(bootstrap(difference)),
+        }
         if winner == "uniform":
             notice("the uniform plan measured better than the allocated one; it is the one that was written")
     finish(work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}, out)
@@ -262,7 +270,9 @@ def units_of(opened: OpenModel, statistics: Statistics) -> tuple[list[Unit], np.
         layout = opened.anatomy.moe[layer].layout
         for expert in range(layout.experts):
             for p, projection in enumerate(layout.projections):
-                units.append(Unit(unit_id(layer, expert, projection), layer, expert, projection, *layout.shape(projection), size))
+                units.append(
+                    Unit(unit_id(layer, expert, projection), layer, expert, projection, *layout.shape(projection), size)
+                )
                 rows.append(harm[expert, p].numpy())
     return units, np.stack(rows)
 

@@ -75,7 +75,9 @@ def recording(block: nn.Module, experts: nn.Module) -> Iterator[Recorder]:
     """Record what ``experts`` (inside the MoE ``block``) is given, and the logits of the block's router."""
     recorder = Recorder()
     experts.watcher = recorder  # read by the experts implementation of runtime/seam.py
-    hooks = [router.register_forward_hook(_logits_hook(recorder, experts.num_experts)) for router in routers(block, experts)]
+    hooks = [
+        router.register_forward_hook(_logits_hook(recorder, experts.num_experts)) for router in routers(block, experts)
+    ]
     try:
         yield recorder
     finally:

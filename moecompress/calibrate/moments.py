@@ -26,8 +26,9 @@ class ExpertMoments:
     """A chunk of n experts.
 
     weights: projection -> float32 [n, out, in]. hessians: float32 [n, in, in] of the experts' input ("input", of gate and
-    up) and of what enters down ("inner"): means over tokens weighted by the power of the gate, shrunk. row_weight: projection -> [n, out], how much a squared error of that output row (of
-    gate or up: before the activation) becomes squared error of the expert's output. mass: [n] Σ g² over tokens.
+    up) and of what enters down ("inner"): means over tokens weighted by the power of the gate, shrunk. row_weight:
+    projection -> [n, out], how much a squared error of that output row (of gate or up: before the activation) becomes
+    squared error of the expert's output. mass: [n] Σ g² over tokens.
     """
 
     experts: list[int]
@@ -88,7 +89,11 @@ def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert
     pool_pre = _pre(weights, pool)
     a, a_pool = (activate(module, layout, *p, expert).float() for p in (pre, pool_pre))
     inner = shrink(moment(a, omega), mass, len(x), moment(a_pool) / max(1, len(pool)), prior * layout.width)
-    rows = _row_weights(module, layout, expert, weights, pre if len(x) else pool_pre, gate.square() if len(x) else None) if sensitivity else {}
+    rows = (
+        _row_weights(module, layout, expert, weights, pre if len(x) else pool_pre, gate.square() if len(x) else None)
+        if sensitivity
+        else {}
+    )
     return x_in, inner, rows, float(gate.square().sum())
 
 

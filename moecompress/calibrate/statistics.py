@@ -75,7 +75,11 @@ class Statistics:
     def load(folder: Path) -> Statistics:
         path = folder / "statistics.json"
         if not path.exists():
-            raise UserError(f"No statistics in {folder}", expected="statistics.json", remedy="make them with `moecompress calibrate`")
+            raise UserError(
+                f"No statistics in {folder}",
+                expected="statistics.json",
+                remedy="make them with `moecompress calibrate`",
+            )
         record = json.loads(path.read_text(encoding="utf-8"))
         tensors = load_file(folder / "statistics.safetensors")
         layers = {

@@ -54,7 +54,11 @@ def main() -> None:
         print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+        if (
+            not isinstance(error, MemoryError)
+            and "can't allocate memory" not in str(error)
+            and "out of memory" not in str(error)
+        ):
             raise  # a bug of ours: the traceback is what a report needs
         print(f"error: not enough memory: {str(error).splitlines()[0] if str(error) else 'the system gave no more'}\n"
               "  remedy:   use shorter or fewer calibration sequences, or a machine with more memory", file=sys.stderr)  # fmt: skip

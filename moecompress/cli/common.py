@@ -18,11 +18,26 @@ Model = Annotated[str, typer.Argument(help="A local folder with config.json and 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe (see recipes/).")]
 TargetSize = Annotated[str | None, typer.Option("--target-size", help="Size of all weight files, e.g. 80MB or 14GiB.")]
-TargetBits = Annotated[float | None, typer.Option("--target-bits", help="Stored bits per routed-expert weight, overhead included.")]
-Text = Annotated[str | None, typer.Option("--text", help="Calibration text: a file or folder (txt, jsonl, parquet), a hub data set, or 'builtin'.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe setting, e.g. --set quantize.hessian=g (repeatable).")]
-Granularity = Annotated[str | None, typer.Option("--granularity", help="expert, projection or layer: what may differ, for the runtime you target.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model folder brings. Only if you trust it.")]
+TargetBits = Annotated[
+    float | None, typer.Option("--target-bits", help="Stored bits per routed-expert weight, overhead included.")
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text", help="Calibration text: a file or folder (txt, jsonl, parquet), a hub data set, or 'builtin'."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a recipe setting, e.g. --set quantize.hessian=g (repeatable).")
+]
+Granularity = Annotated[
+    str | None,
+    typer.Option("--granularity", help="expert, projection or layer: what may differ, for the runtime you target."),
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that the model folder brings. Only if you trust it."),
+]
 
 
 def recipe_of(path: Path | None, size: str | None = None, bits: float | None = None, text: str | None = None,

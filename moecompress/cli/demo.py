@@ -16,7 +16,9 @@ RECIPE = ["name=demo", "target.bits=3.0", f"calibration.sequences={SEQUENCES}", 
 
 
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes; must not exist or be empty.")] = Path("moecompress-demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for everything the demo makes; must not exist or be empty.")
+    ] = Path("moecompress-demo"),
     bits: Annotated[float, typer.Option(help="Stored bits per routed-expert weight.")] = 3.0,
     json_: Json = False,
 ) -> None:
@@ -37,8 +39,8 @@ def command(
 
     from moecompress import pipeline
     from moecompress.calibrate.data import split_heldout, token_batches
-    from moecompress.convert.dense import convert_dense, default_shape
     from moecompress.cli.convert import CACHE
+    from moecompress.convert.dense import convert_dense, default_shape
     from moecompress.convert.smollm2 import load_smollm2
     from moecompress.evaluate.perplexity import perplexity
     from moecompress.evaluate.report import measure
@@ -56,7 +58,9 @@ def command(
     dense_perplexity = perplexity(dense, unseen.ids, "dense original")
     say("2/4  convert it to a Mixture of Experts")
     shape = default_shape(dense, 16)
-    converted = convert_dense(dense, used.ids, output / "moe", tokenizer, experts=16, top_k=shape.top_k, shared=shape.shared, seed=0)
+    converted = convert_dense(
+        dense, used.ids, output / "moe", tokenizer, experts=16, top_k=shape.top_k, shared=shape.shared, seed=0
+    )
     del dense
     say(f"3/4  compress the experts to {bits:g} bits per weight")
     job = pipeline.make_job(str(output / "moe"), recipe_from([*RECIPE, f"target.bits={bits}"]), tokens=used)

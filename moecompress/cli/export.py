@@ -13,7 +13,9 @@ from moecompress.cli.common import Json, print_json, size_text
 def command(
     model: Annotated[Path, typer.Argument(help="A folder made by `moecompress quantize`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The exported folder; must not exist or be empty.")],
-    format_: Annotated[str, typer.Option("--format", help="dense: ordinary safetensors that plain transformers loads.")] = "dense",
+    format_: Annotated[
+        str, typer.Option("--format", help="dense: ordinary safetensors that plain transformers loads.")
+    ] = "dense",
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
     json_: Json = False,
 ) -> None:
@@ -31,4 +33,6 @@ def command(
     if json_:
         print_json(record)
     else:
-        typer.echo(f"{output}: {size_text(record['total_bytes'])} in {record['shards']} shards, checked against {model}")
+        typer.echo(
+            f"{output}: {size_text(record['total_bytes'])} in {record['shards']} shards, checked against {model}"
+        )

@@ -11,7 +11,9 @@ from moecompress.cli.common import Json, Trust, print_json, size_text
 
 def command(
     model: Annotated[str | None, typer.Argument(help="A local folder or a hub id.")] = None,
-    families: Annotated[bool, typer.Option("--families", help="List the model families and whether they pass the tests here.")] = False,
+    families: Annotated[
+        bool, typer.Option("--families", help="List the model families and whether they pass the tests here.")
+    ] = False,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -105,7 +107,9 @@ def _print(record: dict) -> None:
         return
     widths = Table("experts stored as", "bits per weight", "experts", "whole model, rest as it is")
     for name, row in record["widths"].items():
-        widths.add_row(name, f"{row['bits_per_weight']:.3f}", size_text(row["expert_bytes"]), size_text(row["total_bytes"]))
+        widths.add_row(
+            name, f"{row['bits_per_weight']:.3f}", size_text(row["expert_bytes"]), size_text(row["total_bytes"])
+        )
     out.print(widths)
 
 

@@ -7,22 +7,38 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Granularity, Json, Overrides, RecipeFile, TargetBits, TargetSize, Text, Trust, print_json
+from moecompress.cli.common import (
+    Granularity,
+    Json,
+    Overrides,
+    RecipeFile,
+    TargetBits,
+    TargetSize,
+    Text,
+    Trust,
+    print_json,
+)
 
 
 def command(
     model: Annotated[str | None, typer.Argument(help="A local folder or a hub id.")] = None,
     target_size: TargetSize = None,
     target_bits: TargetBits = None,
-    stats: Annotated[Path | None, typer.Option("--stats", help="Folder made by `moecompress calibrate` (else calibrates now).")] = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Folder made by `moecompress calibrate` (else calibrates now).")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON.")] = None,
     allocator: Annotated[str | None, typer.Option("--allocator", help="global, pmq (MC-MoE) or uniform.")] = None,
     granularity: Granularity = None,
     text: Text = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
-    from_factors: Annotated[Path | None, typer.Option("--from-factors", help="Published factors (JSON) instead of a model.")] = None,
-    layer_bits: Annotated[float | None, typer.Option("--layer-bits", help="pmq: total bits of 8 experts of a layer.")] = None,
+    from_factors: Annotated[
+        Path | None, typer.Option("--from-factors", help="Published factors (JSON) instead of a model.")
+    ] = None,
+    layer_bits: Annotated[
+        float | None, typer.Option("--layer-bits", help="pmq: total bits of 8 experts of a layer.")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="pmq: exponent of the token share.")] = 1.0,
     beta: Annotated[float, typer.Option(help="pmq: exponent of the mean routing weight.")] = 1.5,
     gamma: Annotated[float, typer.Option(help="pmq: exponent of the block error.")] = 1.0,
@@ -67,7 +83,9 @@ def command(
         changes.append(f"allocate.layer_bits={layer_bits}")
     if allocator == "pmq":
         changes += [f"allocate.alpha={alpha}", f"allocate.beta={beta}", f"allocate.gamma={gamma}"]
-    job = pipeline.make_job(model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code)
+    job = pipeline.make_job(
+        model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code
+    )
     if stats is not None:
         statistics = Statistics.load(stats)
         wanted = [scheme.name for scheme in job.schemes]

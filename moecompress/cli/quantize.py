@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from moecompress.cli.common import (
-    Granularity, Json, Model, Overrides, RecipeFile, TargetBits, TargetSize, Text, Trust, print_json, size_text,
+    Granularity,
+    Json,
+    Model,
+    Overrides,
+    RecipeFile,
+    TargetBits,
+    TargetSize,
+    Text,
+    Trust,
+    print_json,
+    size_text,
 )  # fmt: skip
 
 
@@ -21,9 +31,16 @@ def command(
     text: Text = None,
     granularity: Granularity = None,
     overrides: Overrides = None,
-    allow_fallback: Annotated[bool, typer.Option("--allow-fallback", help="Round an expert to nearest when its Hessian fails, and say so.")] = False,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Round an expert to nearest when its Hessian fails, and say so.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on behind the last finished layer of a killed run (default), or start over.")] = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh", help="Go on behind the last finished layer of a killed run (default), or start over."
+        ),
+    ] = True,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -46,7 +63,9 @@ def command(
 
     changes = [*(overrides or []), *(["quantize.allow_fallback=true"] if allow_fallback else [])]
     pipeline.refuse_target(output)
-    job = pipeline.make_job(model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code)
+    job = pipeline.make_job(
+        model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code
+    )
     result = pipeline.quantize(job, output, fresh=not resume, dry_run=dry_run)
     record = summary(result)
     if json_:
@@ -79,7 +98,15 @@ def _print(result, record: dict) -> None:
     if result.folder is None:
         console.print("dry run: nothing was written")
         return
-    table = Table("on held-out calibration text", "KL (nats)", "95 %", "99th percentile", "top-1 agreement", "perplexity", "original's")
+    table = Table(
+        "on held-out calibration text",
+        "KL (nats)",
+        "95 %",
+        "99th percentile",
+        "top-1 agreement",
+        "perplexity",
+        "original's",
+    )
     for label, row in result.measured.items():
         low, high = row["kl_interval_95"]
         if label == "plan_minus_uniform":
@@ -92,6 +119,10 @@ def _print(result, record: dict) -> None:
     console.print(f"{result.folder}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}, "
                   f"{record['bits_per_weight']:.3f} bits per expert weight, everything counted")  # fmt: skip
     if record["fallbacks"]:
-        console.print(f"[yellow]rounded to nearest because their Hessian failed:[/yellow] {', '.join(record['fallbacks'])}")
+        console.print(
+            f"[yellow]rounded to nearest because their Hessian failed:[/yellow] {', '.join(record['fallbacks'])}"
+        )
     if record["unreached_experts"]:
-        console.print(f"no calibration token reached: {', '.join(record['unreached_experts'])} (quantized on the layer's pooled statistics)")
+        console.print(
+            f"no calibration token reached: {', '.join(record['unreached_experts'])} (quantized on the layer's pooled statistics)"
+        )

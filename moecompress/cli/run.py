@@ -44,7 +44,9 @@ def command(
 
     torch.manual_seed(seed)
     if chat:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     streamer = None if json_ else TextStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
@@ -55,6 +57,12 @@ def command(
     seconds = time.perf_counter() - start
     new = output[0, inputs.input_ids.shape[1] :]
     if json_:
-        print_json({"text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new), "tokens_per_second": len(new) / seconds})
+        print_json(
+            {
+                "text": tokenizer.decode(new, skip_special_tokens=True),
+                "tokens": len(new),
+                "tokens_per_second": len(new) / seconds,
+            }
+        )
     else:
         say(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")

@@ -66,6 +66,7 @@ def trace(opened: OpenModel, batches: Sequence[torch.Tensor], label: str = "orig
     """Run the original over ``batches`` (token ids [B, L])."""
     hidden: list[torch.Tensor] = []
     chosen: dict[int, torch.Tensor] = {}
+
     def keep(x: torch.Tensor, forward: Callable) -> torch.Tensor:
         hidden.append(x.clone())
         return forward(x)
@@ -77,7 +78,9 @@ def trace(opened: OpenModel, batches: Sequence[torch.Tensor], label: str = "orig
 
 
 @torch.no_grad()
-def compare(opened: OpenModel, batches: Sequence[torch.Tensor], reference: Trace, label: str = "compressed") -> Divergence:
+def compare(
+    opened: OpenModel, batches: Sequence[torch.Tensor], reference: Trace, label: str = "compressed"
+) -> Divergence:
     """Run a compressed model over the same batches and compare it with the trace of the original."""
     chosen: dict[int, torch.Tensor] = {}
     parts = []
@@ -109,7 +112,9 @@ def jaccard(one: torch.Tensor, other: torch.Tensor) -> float:
 def _walk(opened: OpenModel, batches: Sequence[torch.Tensor], chosen: dict[int, torch.Tensor], label: str):
     """Walk to the end of the last layer; yields (lane, function that finishes the lane and returns its logits)."""
     if opened.model.get_output_embeddings() is None:
-        raise UserError(f"{type(opened.model).__name__} has no language-model head", remedy="evaluate a causal language model")
+        raise UserError(
+            f"{type(opened.model).__name__} has no language-model head", remedy="evaluate a causal language model"
+        )
     seam_on(opened)
     moe = opened.anatomy.moe
     with Walk(opened, batches) as walk:
@@ -126,7 +131,7 @@ def _walk(opened: OpenModel, batches: Sequence[torch.Tensor], chosen: dict[int, 
                 outputs = [walk.run(lane) for lane in range(len(batches))]
             for lane in range(len(outputs)):
                 if last:
-                    yield lane, lambda lane=lane: walk.logits(lane, outputs[lane])
+                    yield lane, lambda lane=lane, output=outputs[lane]: walk.logits(lane, output)
                 else:
                     walk.step(lane, outputs[lane])
                 outputs[lane] = None
@@ -157,5 +162,3 @@ def _tokens(logits: torch.Tensor, original: torch.Tensor, ids: torch.Tensor):
         reference_nll.append(-p[:, : target.shape[1]].gather(-1, target).squeeze(-1))
         nll.append(-q[:, : target.shape[1]].gather(-1, target).squeeze(-1))
     return tuple(torch.cat(values, dim=1) for values in (kl, agree, nll, reference_nll))
-
-

@@ -70,8 +70,15 @@ def search(weights: torch.Tensor, importance: torch.Tensor, shrinks: torch.Tenso
 
 def _check(tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]], dtype: torch.dtype) -> None:
     for name, (tensor, shape) in tensors.items():
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError(f"{name} must be contiguous {dtype} {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)}")
+        if (
+            tensor.dtype != dtype
+            or tuple(tensor.shape) != shape
+            or not tensor.is_contiguous()
+            or tensor.device.type != "cpu"
+        ):
+            raise ValueError(
+                f"{name} must be contiguous {dtype} {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
 
 
 def _run(function: str, job: ctypes.Structure) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from moecompress.calibrate.capture import Capture, recording
 from moecompress.calibrate.moments import chunk_size, expert_moments
@@ -155,13 +154,17 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     for projection in layout.projections:
         for expert, scheme in enumerate(schemes[projection]):
             members[projection, scheme.name].append(expert)
-    contents = {p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections}
+    contents = {
+        p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections
+    }
     filled = _empty_banks(layout, contents, opened.stored_dtype)
     chunk = chunk_size(layout, calibration.workspace_bytes)
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
         experts_here = [f"{moe.module}.{e}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings) for name, h in moments.hessians.items()}
-        record["fallbacks"] += sorted({experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()})
+        record["fallbacks"] += sorted(
+            {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()}
+        )
         for projection in layout.projections:
             chosen: dict[Scheme, list[int]] = defaultdict(list)
             for position, expert in enumerate(moments.experts):
@@ -195,7 +198,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
 
 def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype) -> dict[tuple[str, str], PackedBank]:
     return {
-        (projection, name): PackedBank(Scheme.parse(name), count, layout.shape(projection)[0], layout.shape(projection)[1], dtype)
+        (projection, name): PackedBank(
+            Scheme.parse(name), count, layout.shape(projection)[0], layout.shape(projection)[1], dtype
+        )
         for projection, schemes in contents.items()
         for name, count in schemes.items()
     }
@@ -224,5 +229,3 @@ def rest_shards(opened: OpenModel) -> list[list[TensorInfo]]:
         shards[-1].append(info)
         room -= info.nbytes
     return shards
-
-

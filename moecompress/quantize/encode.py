@@ -84,7 +84,9 @@ def _feedback(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: S
     grid = fit(weights, diagonal, scheme.bits, scheme.group, scheme.symmetric)
     codes = gptq.gptq(weights, inputs.upper, inputs.order, grid)
     # The descent optimises the Hessian itself; damping keeps it from chasing directions that calibration never saw.
-    damped = hessian + torch.diag_embed((settings.damping * diagonal.mean(-1)).clamp_min(1e-30)[:, None].expand(-1, cols))
+    damped = hessian + torch.diag_embed(
+        (settings.damping * diagonal.mean(-1)).clamp_min(1e-30)[:, None].expand(-1, cols)
+    )
     for _ in range(settings.refine):
         grid = gptq.refit(weights, damped, codes, grid)
         codes = gptq.descend(weights, damped, codes, grid)
@@ -104,7 +106,9 @@ def permuted(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return rows.gather(2, order[:, None, :].expand(-1, size, -1))
 
 
-def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme]) -> torch.Tensor:
+def expected_error(
+    weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme]
+) -> torch.Tensor:
     """Expected output error [n, C] of each scheme under GPTQ, without running GPTQ.
 
     Error feedback turns tr(Δ H Δᵀ) into Σ_j D_j δ_j² with D the diagonal of the LDL factorisation of H in the order of

@@ -108,7 +108,9 @@ def refit(weights: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, gri
     left = left + torch.diag_embed(diagonal * 1e-4 + diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-30)
     solved, failed = torch.linalg.solve_ex(left, right.unsqueeze(-1))
     scale = solved.squeeze(-1)
-    usable = torch.isfinite(scale).all(-1, keepdim=True) & (scale > 0).all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
+    usable = (
+        torch.isfinite(scale).all(-1, keepdim=True) & (scale > 0).all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
+    )
     scale = torch.where(usable, scale, grid.scales())
     row_scales, multipliers = store_scales(scale, grid.group)
     trial = Grid(grid.bits, grid.group, row_scales, multipliers, grid.zeros, grid.cols)

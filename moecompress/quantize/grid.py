@@ -71,7 +71,9 @@ def fit(weights: torch.Tensor, importance: torch.Tensor, bits: int, group: int, 
     cols = weights.shape[-1]
     width = group or cols
     if rounding.available() and weights.device.type == "cpu":
-        scale, zero = rounding.search(weights.contiguous(), importance.contiguous(), SHRINKS, width, bits, symmetric, LLOYD_STEPS)
+        scale, zero = rounding.search(
+            weights.contiguous(), importance.contiguous(), SHRINKS, width, bits, symmetric, LLOYD_STEPS
+        )
     else:
         scale, zero = _search(weights, importance, width, bits, symmetric)
     row_scales, multipliers = store_scales(scale, group)

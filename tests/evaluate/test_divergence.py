@@ -20,8 +20,12 @@ def test_tokens_against_the_definitions():
             a, c = p[b, t].double().softmax(-1), q[b, t].double().softmax(-1)
             assert float(kl[b, t]) == pytest.approx(float((a * (a / c).log()).sum()), abs=1e-5)
             assert bool(agree[b, t]) == (int(p[b, t].argmax()) == int(q[b, t].argmax()))
-    assert float(nll.mean()) == pytest.approx(float(F.cross_entropy(q[:, :-1].flatten(0, 1), ids[:, 1:].flatten())), abs=1e-5)
-    assert float(reference_nll.mean()) == pytest.approx(float(F.cross_entropy(p[:, :-1].flatten(0, 1), ids[:, 1:].flatten())), abs=1e-5)
+    assert float(nll.mean()) == pytest.approx(
+        float(F.cross_entropy(q[:, :-1].flatten(0, 1), ids[:, 1:].flatten())), abs=1e-5
+    )
+    assert float(reference_nll.mean()) == pytest.approx(
+        float(F.cross_entropy(p[:, :-1].flatten(0, 1), ids[:, 1:].flatten())), abs=1e-5
+    )
     assert nll.shape == (2, 149)
 
 
@@ -31,7 +35,9 @@ def test_jaccard():
 
 def test_summary_and_bootstrap():
     kl = torch.rand(20, 8)
-    found = Divergence(kl, kl > 0.5, torch.full((20, 7), math.log(3.0)), torch.full((20, 7), math.log(2.0)), {0: 1.0, 1: 0.5}).summary()
+    found = Divergence(
+        kl, kl > 0.5, torch.full((20, 7), math.log(3.0)), torch.full((20, 7), math.log(2.0)), {0: 1.0, 1: 0.5}
+    ).summary()
     assert found["perplexity"] == pytest.approx(3) and found["reference_perplexity"] == pytest.approx(2)
     assert found["router_agreement"] == 0.75
     low, high = found["kl_interval_95"]
