@@ -38,6 +38,7 @@ def check_files(model: PreTrainedModel, files: list[Path], verify: bool) -> None
 def install(model: nn.Module, config: MoecompressConfig) -> None:
     """Replace experts and linear layers of a (weightless) model by packed ones, and switch the experts seam on."""
     dtype = getattr(torch, config.dtype)
+    model.config._is_quantized = True  # as in from_pretrained: Jamba rounds differently then
     for name, contents in config.experts.items():
         name = _resolve(model, name)
         module: Any = model.get_submodule(name)
