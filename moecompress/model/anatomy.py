@@ -101,8 +101,8 @@ def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stac
     tensors = []
     for name, entry in checkpoint.entries.items():
         target = targets[name]
-        layer = int(target[len(prefix) :].split(".")[0]) if target.startswith(prefix) and name not in ignored else None
-        role = IGNORED if name in ignored else roles.of(target)
+        layer = int(target[len(prefix) :].split(".")[0]) if target.startswith(prefix) and target not in ignored else None
+        role = IGNORED if target in ignored else roles.of(target)
         _refuse_codes(entry, loader.expected.get(target))
         tensors.append(TensorInfo(name, target, role, layer, entry.shape, entry.dtype, entry.nbytes))
     return Anatomy(
@@ -175,7 +175,7 @@ def rehearse(entries: Mapping[str, TensorEntry], model: PreTrainedModel, loader:
              ) -> set[str]:  # fmt: skip
     """Load shapes only; UserError naming the tensor that is missing, unexpected or of another shape.
 
-    Returns the tensors that the model is known to ignore (multi-token prediction layers).
+    Returns the targets that the model is known to ignore (multi-token prediction layers).
     """
     shapes = {name: torch.empty(e.shape, dtype=e.dtype, device="meta") for name, e in entries.items()}
     info = loader.load(shapes, device="meta")
