@@ -17,6 +17,8 @@ from moecompress.quantize.hessian import moment, shrink, token_weights
 
 #: Tokens of the layer that every expert is shown, routed to it or not, to fill in where its own tokens are few.
 POOL_TOKENS = 512
+#: Tokens of the layer that are summed at once: all of them in float32 would be three times what was captured.
+POOL_PART = 4096
 #: Step of the central difference for the activation's slope, relative to the spread of the pre-activations.
 SLOPE_STEP = 1e-2
 
@@ -57,7 +59,7 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
     usable = capture.keep.nonzero().squeeze(1)
     pick = usable[torch.linspace(0, len(usable) - 1, min(POOL_TOKENS, len(usable))).long()] if len(usable) else usable
     pool = capture.hidden[pick].float()
-    pool_in = moment(capture.hidden[usable].float()) / max(1, len(usable))
+    pool_in = sum(moment(capture.hidden[part]) for part in usable.split(POOL_PART)) / max(1, len(usable))
     stored = projections(module, layout)
     for first in range(0, layout.experts, chunk):
         experts = list(range(first, min(first + chunk, layout.experts)))

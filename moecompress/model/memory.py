@@ -8,7 +8,10 @@ when freed.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
+
+import torch
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 #: Blocks from this size on are mapped. Smaller ones are too many to map; their holes are reused.
@@ -27,6 +30,19 @@ def trim() -> None:
     call = _glibc("malloc_trim")
     if call is not None:
         call(0)
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Give the system back the memory of a contiguous CPU tensor that nobody will read again; its values are lost.
+
+    The tensor may be a part of a larger one: this is how the weights of a layer go while their packed form comes.
+    """
+    call = _glibc("madvise")
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if call is not None and tensor.device.type == "cpu" and tensor.is_contiguous() and last > first:
+        call(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def _glibc(name: str):

@@ -15,6 +15,7 @@ from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
+from moecompress.model.memory import forget
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
@@ -182,6 +183,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 for key, value in encoded.bank.tensors().items():
                     getattr(bank, key)[slots] = value
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
+        for name in layout.parameters:
+            forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
     for (projection, name), found in members.items():
