@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,19 @@ from moecompress.model.skeleton import first_line, load_config
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates, write_manifest
 from moecompress.pack.scheme import Scheme
+from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice, say
 from moecompress.quantize.compress import Work, compress, linear_schemes, rest_shards, role_bits
 from moecompress.quantize.encode import Settings
 from moecompress.recipe import Recipe
 from moecompress.runtime.loading import prepare, verify_files
+from moecompress.runtime.packed import bank_tensors
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 
 #: Checkpoints up to this size are computed in float32; larger ones in the dtype they are stored in.
 FLOAT32_LIMIT = 2 * 1024**3
+#: A plan for a target size is refined until less than this share of it is left over, or this often.
+SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
 #: Memory for the Hessians and working copies of a chunk of experts, as a share of the largest layer; and at least.
 WORKSPACE_SHARE, WORKSPACE_LEAST = 0.25, 64 * 1024**2
 
@@ -160,8 +166,16 @@ def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
     if budget is not None and budget < (least := smallest_bytes(units, candidates, harm)):
         raise too_small(job, budget, least)
     factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None
-    made = make_plan(units, candidates, harm, budget, settings, factors=factors, seed=job.recipe.compute.seed)
-    return made, uniform_plan(units, candidates, harm, made.bytes if budget is None else budget)
+    seed = job.recipe.compute.seed
+
+    def make(budget_bytes: int | None) -> Plan:
+        return make_plan(units, candidates, harm, budget_bytes, settings, factors=factors, seed=seed)
+
+    made = make(budget)
+    if job.recipe.target.size is not None and budget is not None:
+        made = use_whole_size(job, made, budget, job.recipe.target.size, make)
+    uniform = uniform_plan(units, candidates, harm, made.target_bytes)
+    return made, uniform
 
 
 def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False) -> Result:
@@ -287,6 +301,49 @@ def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]
         }
         for layer, moe in anatomy.moe.items()
     }
+
+
+def use_whole_size(job: Job, made: Plan, budget: int, size: int, make: Callable[[int], Plan]) -> Plan:
+    """``budget`` allowed for the longest headers that any plan needs; give what this plan's headers leave to its matrices."""
+    best = made
+    for _ in range(SIZE_ROUNDS):
+        left = size - written_bytes(job, made)
+        if 0 <= left < SIZE_SLACK * size:
+            break
+        # Too large: the next plan must be another one, so it may not even have this one's bytes.
+        budget = budget + left if left >= 0 else min(budget + left, made.bytes - 1)
+        made = make(budget)
+        if written_bytes(job, made) <= size and made.bytes > best.bytes:
+            best = made
+    return best
+
+
+def written_bytes(job: Job, chosen: Plan) -> int:
+    """Exact bytes of all shards of a plan, headers included."""
+    opened, q = job.opened, job.recipe.quantize
+    linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
+    schemes = by_layer(opened.anatomy, chosen)
+    total = sum(shard_bytes({info.name: (info.dtype, info.shape) for info in batch}) for batch in rest_shards(opened))
+    for layer in range(opened.anatomy.num_layers):
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for info in opened.anatomy.of_layer(layer):
+            linear = info.target.removesuffix(".weight")
+            if linear in linears:
+                bank = bank_tensors(linears[linear], 1, info.shape[0], info.shape[1], opened.stored_dtype)
+                tensors.update({f"{linear}.packed.{name}": tensor for name, tensor in bank.items()})
+            elif info.role != EXPERT:
+                tensors[info.name] = (info.dtype, info.shape)
+        if layer in opened.anatomy.moe:
+            moe = opened.anatomy.moe[layer]
+            tensors[f"{moe.module}.down_proj"] = (torch.uint8, (1,))
+            for projection, chosen_schemes in schemes[layer].items():
+                for scheme, count in Counter(chosen_schemes).items():
+                    where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"
+                    bank = bank_tensors(scheme, count, *moe.layout.shape(projection), opened.stored_dtype)
+                    tensors.update({f"{where}.{name}": tensor for name, tensor in bank.items()})
+                    tensors[f"{where}.experts"] = (torch.int32, (count,))
+        total += shard_bytes(tensors)
+    return total
 
 
 def index_bytes(anatomy: Anatomy) -> int:

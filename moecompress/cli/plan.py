@@ -104,7 +104,7 @@ def command(
     record = {
         "allocator": made.allocator, "granularity": made.granularity, "bytes": made.bytes,
         "bits_per_weight": 8 * (made.bytes + index) / job.opened.anatomy.expert_weights,
-        "total_bytes": made.bytes + pipeline.fixed_bytes(job, statistics.schemes), "predicted_kl": made.harm, "gap": made.gap,
+        "total_bytes": pipeline.written_bytes(job, made), "predicted_kl": made.harm, "gap": made.gap,
         "controls": {name: {"bytes": c.bytes, "predicted_kl": c.harm} for name, c in made.controls.items()},
         "plan": {choice.unit: choice.candidate for choice in made.choices},
     }  # fmt: skip
