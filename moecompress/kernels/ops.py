@@ -19,8 +19,8 @@ from moecompress.pack.int_format import IntBank
 from moecompress.progress import notice
 
 #: rows of x for one matrix from which unpacking it for one dense product is faster, by the type of that product;
-#: measured at 4 bits on one core with AVX-512 and AMX, 768 x 2048 to 2048 x 7168 (bfloat16: 16 to 32; float32: 64)
-CROWD = {torch.float32: 64, torch.bfloat16: 24}
+#: measured at 4 bits, 768 x 2048 and 2048 x 768, on two threads with AVX-512 VNNI and AMX: bfloat16 32 to 45, float32 70
+CROWD = {torch.float32: 72, torch.bfloat16: 32}
 #: weights unpacked at a time for a dense product; a quarter of it took up to 1.8 times as long
 TILE_WEIGHTS = 1 << 22
 

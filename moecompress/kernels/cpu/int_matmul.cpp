@@ -839,13 +839,20 @@ struct Sixteen {
     }
   }
 
-  // COUNT bytes, or as many as are left.
+  // COUNT bytes, or as many as are left, never reading beyond them: pieces that overlap are quicker than a loop.
   template <int COUNT>
   static MOEC_INLINE void fetch(uint8_t* to, const uint8_t* from, int64_t left) {
-    if (left >= COUNT)
+    if (left >= COUNT) {
       std::memcpy(to, from, COUNT);
-    else
+    } else if (left >= 8) {
+      std::memcpy(to, from, 8);
+      std::memcpy(to + left - 8, from + left - 8, 8);
+    } else if (left >= 4) {
+      std::memcpy(to, from, 4);
+      std::memcpy(to + left - 4, from + left - 4, 4);
+    } else {
       for (int64_t i = 0; i < left; i++) to[i] = from[i];
+    }
   }
 
   // Register p of 16 numbers of BITS bits; below 8 bits, eight of them lie in one 32-bit word.
