@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moecompress.errors import UserError
 from moecompress.kernels import grouped_matmul
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
@@ -91,6 +92,15 @@ class PackedExperts(nn.Module):
 
     def banks(self, projection: str) -> nn.ModuleDict:
         return self.get_submodule(f"{projection}_banks")
+
+    def check(self, name: str) -> None:
+        """UserError unless the banks of each projection hold every expert exactly once. ``name``: of this module."""
+        for projection in self.contents:
+            listed = torch.cat([bank.experts for bank in self.banks(projection).values()]).sort().values.cpu()
+            if not torch.equal(listed, torch.arange(self.layout.experts, dtype=torch.int32)):
+                raise UserError(f"The experts listed in {name}.{projection}_banks are damaged",
+                                expected=f"each of 0 to {self.layout.experts - 1} once", got=listed.tolist(),
+                                remedy="copy or compress the folder again")  # fmt: skip
 
     def slot_table(self, projection: str, name: str, device: torch.device) -> torch.Tensor:
         """int32 [E + 1]: where in the bank an expert is, −1 if elsewhere; the last entry serves routing sentinels."""

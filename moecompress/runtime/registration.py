@@ -62,6 +62,11 @@ class MoecompressQuantizer(HfQuantizer):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.device.type == "meta":
                 raise UserError(f"Tensor {name} was not loaded", remedy="copy or compress the folder again")
+        from moecompress.runtime.packed import PackedExperts
+
+        for name, module in model.named_modules():
+            if isinstance(module, PackedExperts):
+                module.check(name)
         return model
 
     def is_serializable(self) -> bool:
