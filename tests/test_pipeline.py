@@ -82,7 +82,7 @@ def test_recipe_files_run(path, tiny_model, text_file, tmp_path):
 
 def test_untouched_model_is_untouched(tiny_model, text_file, tmp_path):
     """All candidates at 16 bits: the compressed model is the original."""
-    job = job_of(tiny_model, text_file, "target.bits=16.05", 'allocate.candidates=[{"bits": 16}]', "allocate.compare=none",
+    job = job_of(tiny_model, text_file, "target.size=10MB", 'allocate.candidates=[{"bits": 16}]', "allocate.compare=none",
                  "quantize.attention_bits=16")  # fmt: skip
     result = pipeline.quantize(job, tmp_path / "out")
     assert result.measured["plan"]["kl_mean"] < 1e-6
