@@ -25,25 +25,23 @@ from moecompress.allocate.pmq import Factors
 from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
 from moecompress.calibrate.observe import Calibration, observe
 from moecompress.calibrate.statistics import Statistics
+from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
 from moecompress.model.anatomy import EXPERT, Anatomy
 from moecompress.model.checkpoint import COMPANIONS, resolve, write_index, write_text
-from moecompress.model.skeleton import first_line, load_config
+from moecompress.model.skeleton import compute_dtype, load_tokenizer
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates, write_manifest
 from moecompress.pack.scheme import Scheme
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice, say
-from moecompress.quantize.compress import Work, compress, linear_schemes, rest_shards, role_bits
 from moecompress.quantize.encode import Settings
 from moecompress.recipe import Recipe
 from moecompress.runtime.loading import prepare, verify_files
 from moecompress.runtime.packed import bank_tensors
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 
-#: Checkpoints up to this size are computed in float32; larger ones in the dtype they are stored in.
-FLOAT32_LIMIT = 2 * 1024**3
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
 #: Memory for the Hessians and working copies of a chunk of experts, as a share of the largest layer; and at least.
@@ -115,30 +113,6 @@ def make_job(model: str, recipe: Recipe, trust_remote_code: bool = False, tokens
         c = recipe.calibration
         tokens = token_batches(load_tokenizer(folder, trust_remote_code), c.text, c.sequences, c.length, c.seed)
     return Job(folder, recipe, tokens, trust_remote_code, recipe.calibration.text)
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    from transformers import AutoTokenizer
-
-    load_config(folder, trust_remote_code)  # a damaged config.json would be taken for a damaged tokenizer below
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        problem = None if tokenizer("text").input_ids else "it turns every text into nothing"
-    except Exception as error:  # damaged files raise whatever they lead to, deep inside transformers and tokenizers
-        problem = first_line(error)
-    if problem is not None:
-        raise UserError(
-            f"No usable tokenizer in {folder}", got=problem, remedy="copy the tokenizer's files into the folder"
-        )
-    return tokenizer
-
-
-def compute_dtype(folder: Path, wanted: str) -> torch.dtype | None:
-    """None: as stored."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return torch.float32 if size <= FLOAT32_LIMIT else None
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------

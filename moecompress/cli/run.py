@@ -30,7 +30,7 @@ def command(
     import time
 
     from moecompress.model.checkpoint import Checkpoint, resolve
-    from moecompress.pipeline import load_tokenizer
+    from moecompress.model.skeleton import load_tokenizer
     from moecompress.progress import say
     from moecompress.runtime.loading import load
 

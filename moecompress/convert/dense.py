@@ -21,8 +21,9 @@ from moecompress.convert.split import (
     Routing,
     balanced_clusters,
     choose_shared,
-    expert_energy,
+    expert_strength,
     fit_routing,
+    foreseeable,
     neuron_importance,
     reach_all,
     refit_down,
@@ -35,7 +36,6 @@ DENSE_FAMILIES = {"llama": False, "mistral": False, "qwen2": False, "qwen3": Tru
 #: Largest router logit on the calibration text. Combine weights are 2·sigmoid(logit), so they stay within 0.2 % of 1,
 #: while float32 near 0.5 still resolves a few thousandths of the typical difference between two experts.
 LOGIT_CEILING = 2.0**-8
-CLUSTER_TOKENS = 4096
 CLUSTER_ROUNDS = 2
 ROUTER_DAMPING = 1e-2
 DOWN_DAMPING = 1e-1
@@ -126,14 +126,13 @@ def convert_layer(
     h = mlp.act_fn(x @ gate.T) * (x @ up.T)  # (T, n)
     importance = neuron_importance(h, down)
     kept, routed = choose_shared(importance, shape.shared)
-    sample = torch.randperm(len(x), generator=generator)[:CLUSTER_TOKENS]
-    features = nn.functional.normalize(importance[sample][:, routed].T, dim=1)  # (n - s, q)
+    features = foreseeable(x, importance[:, routed], ROUTER_DAMPING)  # (n - s, d)
     labels = balanced_clusters(features, shape.experts, CLUSTER_ROUNDS, generator)
     order = torch.cat([kept, routed[labels.argsort(stable=True)]])
     gate, up, down, h, importance = gate[order], up[order], down[:, order], h[:, order], importance[:, order]
 
-    energy = expert_energy(importance[:, shape.shared :], shape.experts)
-    routing = fit_routing(x, energy, ROUTER_DAMPING)
+    strength = expert_strength(importance[:, shape.shared :], shape.experts)
+    routing = fit_routing(x, strength, ROUTER_DAMPING)
     routing = reach_all(routing, x, shape.top_k, LEAST_USAGE * shape.top_k / shape.experts)
     chosen = routing.choose(x, shape.top_k)  # (T, E)
     target = h @ down.T

@@ -1,7 +1,8 @@
 """Split one gated feed-forward layer into a shared part and routed experts, without training.
 
-The pieces of CMoE (arXiv:2502.04416), each a function on tensors, with two changes: importance is the energy a neuron
-adds to the output instead of a top-10 mark, and the router is a ridge regression instead of one neuron per expert.
+The pieces of CMoE (arXiv:2502.04416), each a function on tensors, with changes: importance is the norm of what a neuron
+adds to the output instead of a top-10 mark; neurons are grouped by the part of it that a linear router can foresee; the
+router is a ridge regression instead of one neuron per expert; down_proj answers for what is left out.
 Letters: T tokens, d hidden size, n neurons of the dense layer, E experts, m neurons of one expert, s shared neurons.
 """
 
@@ -47,9 +48,23 @@ def choose_shared(importance: Tensor, shared: int) -> tuple[Tensor, Tensor]:
     return order[:shared], order[shared:]
 
 
-def expert_energy(importance: Tensor, experts: int) -> Tensor:
-    """Sum of squared importance over each expert's neurons: (T, E · m) → (T, E)."""
-    return importance.square().unflatten(1, (experts, -1)).sum(2)
+def expert_strength(importance: Tensor, experts: int) -> Tensor:
+    """Root of the summed squares of importance over each expert's neurons: (T, E · m) → (T, E).
+
+    The root, because a least-squares fit of the squares would serve the few tokens with huge activations.
+    """
+    return importance.unflatten(1, (experts, -1)).norm(dim=2)
+
+
+def foreseeable(x: Tensor, importance: Tensor, damping: float) -> Tensor:
+    """What a linear router can know of each neuron: rows (n, d) whose inner products are the covariances between the
+    ridge predictions of importance (T, n) from the layer's input x (T, d).
+
+    Clusters of equal size with least scatter of these rows have the most varied predictions of their sums.
+    """
+    centred = x - x.mean(0)
+    gram, cross = centred.T @ centred, centred.T @ (importance - importance.mean(0))
+    return torch.linalg.solve_triangular(_damped_root(gram, damping), cross, upper=False).T / math.sqrt(len(x))
 
 
 def balanced_assignment(cost: Tensor) -> Tensor:
@@ -62,9 +77,9 @@ def balanced_assignment(cost: Tensor) -> Tensor:
 
 
 def balanced_clusters(features: Tensor, experts: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """Labels (n,) of E clusters of equal size: k-means whose assignment step is a linear assignment problem.
+    """Labels (n,) of E clusters of equal size of the rows of ``features`` (n, q).
 
-    ``features`` (n, q) has rows of norm 1; the start is k-means++.
+    k-means whose assignment step is a linear assignment problem; the start is k-means++.
     """
     chosen = [int(torch.randint(len(features), (1,), generator=generator))]
     distance = (features - features[chosen[0]]).square().sum(1)
@@ -81,17 +96,22 @@ def balanced_clusters(features: Tensor, experts: int, rounds: int, generator: to
 
 def ridge(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     """(gram + damping · mean diagonal · I)⁻¹ cross."""
+    return torch.cholesky_solve(cross, _damped_root(gram, damping))
+
+
+def _damped_root(gram: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor of gram + damping · mean diagonal · I."""
     damped = gram.clone()
     damped.diagonal().add_(damping * gram.diagonal().mean().clamp_min(1e-12))
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(damped)
 
 
-def fit_routing(x: Tensor, expert_energy: Tensor, damping: float) -> Routing:
-    """The linear prediction of each expert's energy (T, E) from the layer's input x (T, d)."""
-    mean_x, mean_energy = x.mean(0), expert_energy.mean(0)
+def fit_routing(x: Tensor, strength: Tensor, damping: float) -> Routing:
+    """The linear prediction of each expert's strength (T, E) from the layer's input x (T, d)."""
+    mean_x, mean = x.mean(0), strength.mean(0)
     centred = x - mean_x
-    weight = ridge(centred.T @ centred, centred.T @ (expert_energy - mean_energy), damping).T
-    return Routing(weight, mean_energy - weight @ mean_x, float((x @ weight.T).abs().max()))
+    weight = ridge(centred.T @ centred, centred.T @ (strength - mean), damping).T
+    return Routing(weight, mean - weight @ mean_x, float((x @ weight.T).abs().max()))
 
 
 def reach_all(routing: Routing, x: Tensor, top_k: int, floor: float) -> Routing:

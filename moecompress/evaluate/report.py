@@ -14,9 +14,9 @@ from moecompress.calibrate.data import token_batches
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import compare, trace
 from moecompress.model.checkpoint import resolve
+from moecompress.model.skeleton import compute_dtype, load_tokenizer
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import expert_bytes
-from moecompress.pipeline import compute_dtype, load_tokenizer
 from moecompress.progress import track
 from moecompress.runtime.loading import load, prepare, verify_files
 

@@ -24,7 +24,7 @@ CROWD = {torch.float32: 72, torch.bfloat16: 32}
 #: weights unpacked at a time for a dense product; a quarter of it took up to 1.8 times as long
 TILE_WEIGHTS = 1 << 22
 
-_library = torch.library.Library("moecompress", "DEF")
+_library = torch.library.Library("moecompress", "FRAGMENT")
 _BANK = "Tensor codes, Tensor row_scales, Tensor? scales, Tensor? zeros, int bits, int group"
 _library.define(f"grouped_matmul(Tensor x, Tensor slots, {_BANK}) -> Tensor")
 _library.define(f"dequantize({_BANK}, int cols, ScalarType dtype, Tensor? index=None) -> Tensor")

@@ -36,6 +36,9 @@ from transformers.utils import logging as hf_logging
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import read_config
 
+#: Checkpoints up to this size are computed in float32; larger ones in the dtype they are stored in.
+FLOAT32_LIMIT = 2 * 1024**3
+
 
 @contextlib.contextmanager
 def quiet_transformers():
@@ -216,3 +219,27 @@ def release(module: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
                 part._buffers[name] = torch.empty_like(buffer, device="meta")
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False):
+    from transformers import AutoTokenizer
+
+    load_config(folder, trust_remote_code)  # a damaged config.json would be taken for a damaged tokenizer below
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        problem = None if tokenizer("text").input_ids else "it turns every text into nothing"
+    except Exception as error:  # damaged files raise whatever they lead to, deep inside transformers and tokenizers
+        problem = first_line(error)
+    if problem is not None:
+        raise UserError(
+            f"No usable tokenizer in {folder}", got=problem, remedy="copy the tokenizer's files into the folder"
+        )
+    return tokenizer
+
+
+def compute_dtype(folder: Path, wanted: str) -> torch.dtype | None:
+    """None: as stored."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return torch.float32 if size <= FLOAT32_LIMIT else None

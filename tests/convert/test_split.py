@@ -45,20 +45,39 @@ def test_importance_is_the_norm_of_a_neurons_contribution(generator: torch.Gener
     h, down = torch.randn(5, 7, generator=generator), torch.randn(3, 7, generator=generator)
     brute = torch.stack([torch.outer(h[:, n], down[:, n]).norm(dim=1) for n in range(7)], dim=1)
     torch.testing.assert_close(split.neuron_importance(h, down), brute)
-    energy = split.expert_energy(brute[:, 1:], 2)
-    torch.testing.assert_close(energy[:, 1], brute[:, 4:].square().sum(1))
+    strength = split.expert_strength(brute[:, 1:], 2)
+    torch.testing.assert_close(strength[:, 1], brute[:, 4:].square().sum(1).sqrt())
+
+
+def test_foreseeable_rows_have_the_predictions_covariances(generator: torch.Generator) -> None:
+    x = torch.randn(300, 4, generator=generator, dtype=torch.float64)
+    importance = (x @ torch.randn(4, 6, generator=generator, dtype=torch.float64)).abs()
+    centred = x - x.mean(0)
+    predictions = centred @ torch.linalg.lstsq(centred, importance - importance.mean(0)).solution  # (T, n)
+    rows = split.foreseeable(x, importance, 0.0)
+    torch.testing.assert_close(rows @ rows.T, predictions.T @ predictions / len(x))
 
 
 def test_routing_recovers_a_linear_rule(generator: torch.Generator) -> None:
     x = torch.randn(500, 8, generator=generator)
     weight, bias = torch.randn(4, 8, generator=generator), torch.randn(4, generator=generator)
-    energy = x @ weight.T + bias
-    routing = split.fit_routing(x, energy, 1e-6)
-    torch.testing.assert_close(routing.scores(x), energy, atol=1e-3, rtol=1e-3)
+    strength = x @ weight.T + bias
+    routing = split.fit_routing(x, strength, 1e-6)
+    torch.testing.assert_close(routing.scores(x), strength, atol=1e-3, rtol=1e-3)
     assert routing.choose(x, 2).sum(1).eq(2).all()
-    assert torch.equal(routing.choose(x, 1).argmax(1), energy.argmax(1))
+    assert torch.equal(routing.choose(x, 1).argmax(1), strength.argmax(1))
     scale = routing.logit_scale(2.0**-8)
     assert 2.0**-9 < routing.largest * scale <= 2.0**-8
+
+
+def test_an_expert_that_nothing_reaches_is_raised(generator: torch.Generator) -> None:
+    x = torch.randn(1000, 8, generator=generator)
+    weight = torch.randn(4, 8, generator=generator)
+    routing = split.Routing(weight, torch.tensor([0.0, 0.0, 0.0, -99.0]), float((x @ weight.T).abs().max()))
+    assert routing.choose(x, 2).mean(0)[3] == 0
+    raised = split.reach_all(routing, x, 2, 0.05)
+    assert raised.choose(x, 2).mean(0)[3] == pytest.approx(0.05, abs=0.002)
+    assert torch.equal(raised.bias[:3], routing.bias[:3])
 
 
 def test_refit_solves_the_normal_equations(generator: torch.Generator) -> None:
