@@ -58,6 +58,12 @@ class MoecompressQuantizer(HfQuantizer):
         loading.check_files(model, [Path(file) for file in kwargs.get("checkpoint_files") or []],
                             self.quantization_config.verify)  # fmt: skip
 
+    def get_new_dtype(self, converter, param, dtype):
+        """What is packed stays in the dtype of the format, also where a family wants names like ours in float32."""
+        if any(".packed." in name for name in converter.source_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.device.type == "meta":
