@@ -37,7 +37,7 @@ def progress_marks(work: Path) -> int:
     """How many finished pieces (layers of statistics, shards, records) the work folder holds."""
     if not work.exists():
         return 0
-    return sum(1 for p in work.rglob("*") if p.suffix == ".safetensors" and "hidden" not in p.name or p.name.startswith("record-"))
+    return sum(1 for p in work.rglob("*") if (p.suffix == ".safetensors" and "hidden" not in p.name) or p.name.startswith("record-"))
 
 
 def test_killed_runs_end_with_the_same_bytes(tmp_path, tiny_model, text_file, uninterrupted):
