@@ -20,7 +20,9 @@ from moecompress.recipe import Recipe, recipe_from
 from moecompress.runtime import loading
 
 #: Names on disk of routers, projections of MLA latents, norms, tables, and what chooses tokens, whatever the family.
-KEPT = re.compile(r"router|mlp\.gate\.weight|norm|embed|lm_head|kv_a|kv_b|q_a_proj|q_b_proj|A_log|conv1d|indexer|compressor")
+KEPT = re.compile(
+    r"router|mlp\.gate\.weight|norm|embed|lm_head|kv_a|kv_b|q_a_proj|q_b_proj|A_log|conv1d|indexer|compressor"
+)
 EXPERTS = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
 #: Families whose text model does not say that it leaves out the checkpoint's vision and audio tensors.
 NO_TEXT_PART = ("dots3_note",)
@@ -41,13 +43,15 @@ EXACT = _recipe("target.size=1GB", "allocate.candidates=[{bits: 16}]", "quantize
 
 @dataclass(frozen=True)
 class Trip:
-    """A checkpoint and what plain transformers makes of it. ids [2, L]; logits [2, L, V] in float32."""
+    """A checkpoint and what plain transformers makes of it. ids [2, L]; logits [2, L, V] in float32;
+    expert_weights: how many weights its routed text experts have."""
 
     family: str
     head: type[PreTrainedModel]
     folder: Path
     tokens: TokenBatches
     logits: torch.Tensor
+    expert_weights: int
 
     @property
     def source(self) -> Path:
@@ -65,8 +69,11 @@ class Trip:
 def start(family: str, folder: Path) -> Trip:
     head = head_class(family)
     config = tiny_checkpoint(family, folder / "original")
-    trip = Trip(family, head, folder, tokens(config.get_text_config().vocab_size), torch.empty(0))
-    return Trip(family, head, folder, trip.tokens, plain(load(head, trip.source), trip.ids))
+    ours = tokens(config.get_text_config().vocab_size)
+    model = load(head, folder / "original")
+    named = [(name, tensor.numel()) for name, tensor in model.named_parameters() if EXPERTS.search(name)]
+    weights = sum(count for name, count in named if not re.search("shared|vision", name))
+    return Trip(family, head, folder, ours, plain(model, ours.ids[:2]), weights)
 
 
 def walks_as_the_model_runs(trip: Trip) -> None:
@@ -81,7 +88,9 @@ def quantizes(trip: Trip) -> torch.Tensor:
     assert result.manifest["bits_per_weight"] <= 3.6
     check_fates(trip)
     logits = plain(load(trip.head, trip.packed), trip.ids)
-    assert difference(logits, trip.logits) > 1e-3, "the packed model computes what the original does: nothing is quantized"
+    assert difference(logits, trip.logits) > 1e-3, (
+        "the packed model computes what the original does: nothing is quantized"
+    )
     again = OpenModel(trip.packed, torch.float32, prepare=loading.prepare(trip.packed))
     assert_close(walked(again, trip.ids), logits, "walk of the packed model")
     return logits
@@ -94,9 +103,7 @@ def check_fates(trip: Trip) -> None:
     assert set(fates) == set(inputs)
     experts = {name for name, fate in fates.items() if fate["role"] == "expert"}
     assert all(fates[name]["fate"] == "quantized" for name in experts)
-    parameters = trip.head.from_pretrained(trip.source).named_parameters()
-    weights = [tensor for name, tensor in parameters if EXPERTS.search(name) and not re.search("shared|vision", name)]
-    assert sum(inputs[name].numel() for name in experts) == sum(tensor.numel() for tensor in weights) > 0
+    assert sum(inputs[name].numel() for name in experts) == trip.expert_weights > 0
     for name, fate in fates.items():
         if KEPT.search(name) and name not in experts:
             assert fate["fate"] == "kept", f"{name} ({fate['role']}) was quantized"
@@ -181,4 +188,6 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def assert_close(got: torch.Tensor, wanted: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    assert difference(got, wanted) <= tolerance, f"{what}: logits differ by {difference(got, wanted):.1e} of the largest"
+    assert difference(got, wanted) <= tolerance, (
+        f"{what}: logits differ by {difference(got, wanted):.1e} of the largest"
+    )

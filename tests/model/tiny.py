@@ -178,7 +178,9 @@ def head_class(family: str) -> type[PreTrainedModel]:
 
 
 def tiny_config(family: str) -> PretrainedConfig:
-    return head_class(family).config_class(**_section(head_class(family).config_class, "", FAMILIES.get(family, Family())))
+    return head_class(family).config_class(
+        **_section(head_class(family).config_class, "", FAMILIES.get(family, Family()))
+    )
 
 
 def _section(config_class: Any, name: str, family: Family) -> dict[str, Any]:
