@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moecompress.calibrate.capture import Capture, recording
+from moecompress.calibrate.capture import Capture, Enough, recording
 from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
 from moecompress.model.memory import forget
+from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
@@ -69,21 +71,20 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
     _write_rest(opened, work)
     done = _done(work, total)
     if done < total:
-        with Walk(opened, calibration.batches) as walk:
+        with bfloat16_products(opened.stored_dtype), Walk(opened, calibration.batches) as walk:
             start = walk.restore(work.state)
             for layer in track(walk.layers(start), label, total - start):
-                record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
-                                         work.layer_shard(layer, total))  # fmt: skip
-                write_text(work.state / f"record-{layer:04d}.json", json.dumps(record))
-                if layer < total - 1:
-                    outputs = []
-                    for lane in range(len(walk.waiting)):
-                        outputs.append(walk.run(lane))
-                    if walk.resumable():
-                        walk.save(work.state, layer, outputs)
-                    for lane in range(len(outputs)):
-                        walk.step(lane, outputs[lane])
-                        outputs[lane] = None
+                again = layer < total - 1  # the layer's outputs are needed once it is compressed
+                with _remembering(walk, layer) if again and layer in plan else nullcontext():
+                    record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
+                                             work.layer_shard(layer, total))  # fmt: skip
+                    write_text(work.state / f"record-{layer:04d}.json", json.dumps(record))
+                    outputs = [walk.run(lane) for lane in range(len(walk.waiting))] if again else []
+                if again and walk.resumable():
+                    walk.save(work.state, layer, outputs)
+                for lane in range(len(outputs)):
+                    walk.step(lane, outputs[lane])
+                    outputs[lane] = None
     records = [json.loads((work.state / f"record-{layer:04d}.json").read_text()) for layer in range(total)]
     merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
     for record in records:
@@ -92,6 +93,10 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
         merged["contents"].update(record["contents"])
         merged["fallbacks"] += record["fallbacks"]
     return merged
+
+
+def _remembering(walk: Walk, layer: int):
+    return walk.remembering(walk.opened.model.get_submodule(walk.opened.anatomy.moe[layer].module))
 
 
 def _done(work: Work, layers: int) -> int:
@@ -116,6 +121,8 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
         capture = capture_layer(walk, moe, calibration)
         tensors.update(_pack_experts(opened, moe, capture, schemes, calibration, settings, record))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
+        if walk.memory is not None:
+            _run_experts(walk, moe, capture)
     for info in opened.anatomy.of_layer(layer):
         if info.target not in replaced:
             tensors[info.name] = opened.checkpoint.read(info.name)
@@ -123,13 +130,21 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
     return record
 
 
+def _run_experts(walk: Walk, moe: MoELayer, capture: Capture) -> None:
+    """The compressed experts on all micro-batches at once: far fewer and larger products than one batch after the other."""
+    experts: Any = walk.opened.model.get_submodule(moe.module)
+    outputs = experts(capture.hidden, capture.chosen, capture.weights)
+    walk.foretell(outputs.split([batch.numel() for batch in walk.batches]))
+
+
 def capture_layer(walk: Walk, moe: MoELayer, calibration: Calibration) -> Capture:
     """What the experts of the current layer are given on all calibration batches."""
     experts = walk.opened.model.get_submodule(moe.module)
     block = walk.opened.model.get_submodule(moe.module.rpartition(".")[0])
-    with recording(block, experts) as recorder:
+    with recording(block, experts, only=True) as recorder:
         for lane in range(len(calibration.batches)):
-            walk.run(lane)
+            with suppress(Enough):
+                walk.run(lane)
     return recorder.capture(calibration.mask)
 
 

@@ -53,15 +53,22 @@ def route(capture: Capture, experts: int) -> Routed:
     return Routed(order // capture.chosen.shape[1], capture.weights.reshape(-1)[order].float(), start)
 
 
-class Recorder:
-    """Collects what an experts module is given, over micro-batches."""
+class Enough(Exception):
+    """Ends a layer's forward pass where its experts would begin."""
 
-    def __init__(self) -> None:
+
+class Recorder:
+    """Collects what an experts module is given, over micro-batches. ``only``: end the pass there, compute no experts."""
+
+    def __init__(self, only: bool = False) -> None:
+        self.only = only
         self.parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.logits: list[torch.Tensor] = []
 
     def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> None:
         self.parts.append((hidden.detach(), chosen.detach(), weights.detach()))
+        if self.only:
+            raise Enough
 
     def capture(self, keep: torch.Tensor) -> Capture:
         """``keep``: token mask in the order of the micro-batches."""
@@ -71,9 +78,9 @@ class Recorder:
 
 
 @contextmanager
-def recording(block: nn.Module, experts: nn.Module) -> Iterator[Recorder]:
+def recording(block: nn.Module, experts: nn.Module, only: bool = False) -> Iterator[Recorder]:
     """Record what ``experts`` (inside the MoE ``block``) is given, and the logits of the block's router."""
-    recorder = Recorder()
+    recorder = Recorder(only)
     experts.watcher = recorder  # read by the experts implementation of runtime/seam.py
     hooks = [
         router.register_forward_hook(_logits_hook(recorder, experts.num_experts)) for router in routers(block, experts)

@@ -19,6 +19,8 @@ from moecompress.quantize.hessian import moment, shrink, token_weights
 POOL_TOKENS = 512
 #: Tokens of the layer that are summed at once: all of them in float32 would be three times what was captured.
 POOL_PART = 4096
+#: Tokens of an expert whose activation slopes are averaged.
+SLOPE_TOKENS = 512
 #: Step of the central difference for the activation's slope, relative to the spread of the pre-activations.
 SLOPE_STEP = 1e-2
 
@@ -91,11 +93,11 @@ def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert
     pool_pre = _pre(weights, pool)
     a, a_pool = (activate(module, layout, *p, expert).float() for p in (pre, pool_pre))
     inner = shrink(moment(a, omega), mass, len(x), moment(a_pool) / max(1, len(pool)), prior * layout.width)
-    rows = (
-        _row_weights(module, layout, expert, weights, pre if len(x) else pool_pre, gate.square() if len(x) else None)
-        if sensitivity
-        else {}
-    )
+    rows = {}
+    if sensitivity:
+        some = torch.linspace(0, len(x) - 1, min(SLOPE_TOKENS, len(x))).long()
+        seen = (None if pre[0] is None else pre[0][some], pre[1][some]) if len(x) else pool_pre
+        rows = _row_weights(module, layout, expert, weights, seen, gate[some].square() if len(x) else None)
     return x_in, inner, rows, float(gate.square().sum())
 
 

@@ -21,6 +21,7 @@ from moecompress.calibrate.statistics import LayerStatistics, Statistics
 from moecompress.model.anatomy import MoELayer
 from moecompress.model.checkpoint import write_shard, write_text
 from moecompress.model.experts import ExpertsLayout, projections
+from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
@@ -71,7 +72,7 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
     lanes = {layer: len(sources) + index for index, layer in enumerate(sorted(moe))}
     size = max(1, min(calibration.micro_batch, len(calibration.ids) // len(moe)))
     seam_on(opened)
-    with Walk(opened, [*sources, *(sources[lane][:size] for lane in probes.values())]) as walk:
+    with bfloat16_products(opened.stored_dtype), Walk(opened, [*sources, *(sources[lane][:size] for lane in probes.values())]) as walk:
         start = walk.restore(work)
         alone = walk.resumable()  # else layers also hand on keys or the like, so every lane must run them itself
         energy: dict[int, float] = {int(k): v for k, v in _read(work / "energy.json").items()}

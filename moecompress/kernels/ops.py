@@ -114,12 +114,15 @@ def _on_cpu(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
     if not crowded:
         return native.grouped_matmul(x, slots.contiguous(), bank)
     _check_range("slots", slots, -1, bank.count)
+    y = x.new_empty(x.shape[0], bank.rows)
     few = slots.clone()
     for slot in crowded:
-        few[slots == slot] = -1
-    y = native.grouped_matmul(x, few, bank)
-    for slot in crowded:
-        _multiply_dense(x, slots == slot, bank, slot, dense_type, y)
+        at = torch.nonzero(slots == slot).squeeze(-1)
+        few[at] = -2
+        _multiply_dense(x, at, bank, slot, dense_type, y)
+    rest = torch.nonzero(few > -2).squeeze(-1)
+    if len(rest):
+        y[rest] = native.grouped_matmul(x[rest], few[rest], bank)
     return y
 
 
@@ -131,17 +134,21 @@ def _crowded(slots: Tensor, crowd: int) -> list[int]:
     return [slot for slot in chosen[rows >= crowd].tolist() if slot >= 0]
 
 
-def _multiply_dense(x: Tensor, chosen: Tensor, bank: IntBank, slot: int, dtype: torch.dtype, y: Tensor) -> None:
-    """y[chosen] = x[chosen] times the matrix ``slot``, unpacked a tile of rows at a time into the same buffer."""
-    at = torch.nonzero(chosen).squeeze(-1)
-    inputs, index = x[at].to(dtype), torch.tensor([slot])
+def _multiply_dense(x: Tensor, at: Tensor, bank: IntBank, slot: int, dtype: torch.dtype, y: Tensor) -> None:
+    """y[at] = x[at] times the matrix ``slot``, unpacked a tile of rows at a time into the same buffer."""
+    whole = len(at) == len(x)  # no row has another matrix: nothing to gather
+    inputs, index = (x if whole else x[at]).to(dtype), torch.tensor([slot])
     step = min(bank.rows, max(1, TILE_WEIGHTS // bank.cols))
     buffer = torch.empty(step * bank.cols, dtype=dtype)
     for first in range(0, bank.rows, step):
         last = min(first + step, bank.rows)
         tile = buffer[: (last - first) * bank.cols].view(1, last - first, bank.cols)
         native.dequantize(bank, index, first, last, tile)
-        y[at, first:last] = (inputs @ tile[0].T).to(y.dtype)
+        part = (inputs @ tile[0].T).to(y.dtype)
+        if whole:
+            y[:, first:last] = part
+        else:
+            y[at, first:last] = part
 
 
 def _dequantize(

@@ -11,7 +11,7 @@ import torch
 
 from moecompress.kernels.native import torch_threads
 
-INTERFACE = 1  # kInterface in rounding.cpp
+INTERFACE = 2  # kInterface in rounding.cpp
 
 
 class _Feedback(ctypes.Structure):
@@ -27,6 +27,13 @@ class _Search(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weights", "importance", "shrinks", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("count", "rows", "cols", "groups", "width", "tries", "steps")),
         *((name, ctypes.c_int32) for name in ("bits", "symmetric")),
+    )
+
+
+class _Refit(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "zeros", "matrix", "target", "scales", "steps", "factors")),
+        *((name, ctypes.c_int64) for name in ("count", "rows", "cols", "groups", "width")),
     )
 
 
@@ -68,6 +75,25 @@ def search(weights: torch.Tensor, importance: torch.Tensor, shrinks: torch.Tenso
     return scales, zeros
 
 
+def refit(codes: torch.Tensor, zeros: torch.Tensor, hessian: torch.Tensor, target: torch.Tensor, scales: torch.Tensor,
+          width: int, steps: torch.Tensor, factors: torch.Tensor | None) -> None:  # fmt: skip
+    """Change ``steps`` float32 [n, rows] and ``factors`` uint8 [n, rows, G] (None: one group a row) to better ones, in place.
+
+    codes uint8 [n, rows, cols]; zeros and the present scales float32 [n, rows, G]; target: weights times hessian [n, cols, cols].
+    """
+    count, rows, cols = codes.shape
+    groups = scales.shape[-1]
+    _check({"zeros": (zeros, (count, rows, groups)), "hessian": (hessian, (count, cols, cols)),
+            "target": (target, (count, rows, cols)), "scales": (scales, (count, rows, groups)),
+            "steps": (steps, (count, rows))}, torch.float32)  # fmt: skip
+    _check({"codes": (codes, (count, rows, cols))}, torch.uint8)
+    if factors is not None:
+        _check({"factors": (factors, (count, rows, groups))}, torch.uint8)
+    job = _Refit(codes.data_ptr(), zeros.data_ptr(), hessian.data_ptr(), target.data_ptr(), scales.data_ptr(),
+                 steps.data_ptr(), None if factors is None else factors.data_ptr(), count, rows, cols, groups, width)  # fmt: skip
+    _run("moec_refit", job)
+
+
 def _check(tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]], dtype: torch.dtype) -> None:
     for name, (tensor, shape) in tensors.items():
         if (
@@ -103,6 +129,6 @@ def _load() -> ctypes.CDLL | None:
             return None
     except (OSError, AttributeError):
         return None
-    for function in (library.moec_feedback, library.moec_search):
+    for function in (library.moec_feedback, library.moec_search, library.moec_refit):
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     return library

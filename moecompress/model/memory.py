@@ -13,9 +13,9 @@ import sys
 
 import torch
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 #: Blocks from this size on are mapped. Smaller ones are too many to map; their holes are reused.
-LARGE = 1024**2
+LARGE = 32 * 1024**2
 
 
 def map_large_blocks() -> None:
@@ -23,6 +23,7 @@ def map_large_blocks() -> None:
     call = _glibc("mallopt")
     if call is not None:
         call(_M_MMAP_THRESHOLD, LARGE)
+        call(_M_TRIM_THRESHOLD, 512 * 1024**2)
 
 
 def trim() -> None:

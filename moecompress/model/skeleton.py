@@ -237,6 +237,22 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
     return tokenizer
 
 
+@contextlib.contextmanager
+def bfloat16_products(stored: torch.dtype):
+    """Inside, float32 matrix products may round their factors to bfloat16, where the machine has hardware for it.
+
+    For statistics and rounding of a model that is itself ``stored`` in bfloat16: three times as fast with AMX, and far below
+    the sampling error of calibration. Never for measuring what a compression cost.
+    """
+    before = torch.get_float32_matmul_precision()
+    if stored == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def compute_dtype(folder: Path, wanted: str) -> torch.dtype | None:
     """None: as stored."""
     if wanted != "auto":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,50 @@ def stored_dtype(config) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+CHANGING = ""  # no child of a layer has this name
+
+
+class Memory:
+    """Outputs of the parts of a layer that a second run on the same inputs need not compute again.
+
+    Parts are the layer's own children that own a matrix, such as attention. A second run of a micro-batch takes the output
+    of each call from here, in the order of the first run, and computes what comes behind the last remembered call.
+    What the ``changing`` module shall return in the second run can be given (`Walk.foretell`).
+    """
+
+    def __init__(self, layer: nn.Module, changing: nn.Module):
+        """``changing``: the module (anywhere inside the layer) whose weights change between the runs."""
+        self.parts: dict[str, nn.Module] = {CHANGING: changing} | {
+            name: child for name, child in layer.named_children()
+            if all(module is not changing for module in child.modules()) and any(w.ndim > 1 for w in child.state_dict().values())
+        }  # fmt: skip
+        self.lane = 0
+        self.kept: dict[tuple[int, str], list[Any]] = {}
+        self.ended: set[int] = set()  # micro-batches whose first run is over
+
+    def __enter__(self) -> Memory:
+        for name, child in self.parts.items():
+            child.forward = self._remembering(name, child.forward)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for child in self.parts.values():
+            del child.forward
+        self.kept.clear()
+
+    def _remembering(self, name: str, forward: Callable) -> Callable:
+        def run(*args, **kwargs):
+            kept = self.kept.setdefault((self.lane, name), [])
+            if self.lane not in self.ended:
+                output = forward(*args, **kwargs)
+                if name != CHANGING:
+                    kept.append(output)
+                return output
+            return kept.pop(0) if kept else forward(*args, **kwargs)
+
+        return run
+
+
 @dataclass
 class _Waiting:
     """A micro-batch in front of a layer."""
@@ -111,6 +156,7 @@ class Walk:
                             got=largest, remedy="get tokenizer and weights from one source")  # fmt: skip
         self.waiting: list[_Waiting | None] = [None] * len(batches)
         self.outputs: list[Any] = [None] * len(batches)
+        self.memory: Memory | None = None
         self._lanes: list[greenlet] = []
         self.layer = -1
         self._behind = False  # has a micro-batch passed the last layer?
@@ -157,9 +203,28 @@ class Walk:
         """The current layer's output for one micro-batch, with whatever weights it has now. Changes nothing."""
         waiting = self.waiting[lane]
         assert waiting is not None, "this micro-batch has passed the last layer"
-        layer = self.opened.layers[self.layer]
-        with torch.no_grad():
-            return type(layer).forward(layer, *waiting.args, **waiting.kwargs)
+        layer, memory = self.opened.layers[self.layer], self.memory
+        if memory is not None:
+            memory.lane = lane
+        try:
+            with torch.no_grad():
+                return type(layer).forward(layer, *waiting.args, **waiting.kwargs)
+        finally:
+            if memory is not None:
+                memory.ended.add(lane)
+
+    @contextmanager
+    def remembering(self, changing: nn.Module) -> Iterator[None]:
+        """Inside, each micro-batch's second `run` does not compute again what does not depend on ``changing``."""
+        with Memory(self.opened.layers[self.layer], changing) as self.memory:
+            yield
+        self.memory = None
+
+    def foretell(self, outputs: Sequence[torch.Tensor]) -> None:
+        """What the changing module will return to each micro-batch in its second `run`."""
+        assert self.memory is not None
+        for lane, output in enumerate(outputs):
+            self.memory.kept[lane, CHANGING] = [output]
 
     def step(self, lane: int, output: Any) -> None:
         """Give a micro-batch its layer output and let the model carry it to the next layer (or to its end)."""

@@ -87,8 +87,9 @@ def _feedback(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: S
     damped = hessian + torch.diag_embed(
         (settings.damping * diagonal.mean(-1)).clamp_min(1e-30)[:, None].expand(-1, cols)
     )
+    target = weights @ damped if settings.refine else weights
     for _ in range(settings.refine):
-        grid = gptq.refit(weights, damped, codes, grid)
+        grid = gptq.refit(target, damped, codes, grid)
         codes = gptq.descend(weights, damped, codes, grid)
     return grid, codes
 

@@ -93,33 +93,51 @@ def descend(weights: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, g
     return codes.to(torch.uint8)
 
 
-def refit(weights: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
-    """All group scales of a row by least squares under H, given the codes; rows that do not gain keep theirs."""
-    width, groups = grid.width, grid.scales().shape[-1]
-    _, zero = grid.by_column()
-    levels = codes.float() - zero
-    target = ((weights @ hessian) * levels).split(width, -1)
-    right = torch.stack([part.sum(-1) for part in target], -1)  # (E, o, G)
-    left = torch.empty(*right.shape, groups)  # (E, o, G, G)
-    for g, part in enumerate(levels.split(width, -1)):
-        reached = (part @ hessian[:, g * width : g * width + part.shape[-1]]) * levels  # (E, o, i)
-        left[..., g, :] = torch.stack([p.sum(-1) for p in reached.split(width, -1)], -1)
+def refit(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid) -> Grid:
+    """All group scales of a row by least squares under H, given the codes; rows that do not gain keep theirs.
+
+    target: weights [E, o, i] times hessian [E, i, i].
+    """
+    if rounding.available() and target.device.type == "cpu":
+        steps = grid.row_scales.float()
+        multipliers = None if grid.multipliers is None else grid.multipliers.contiguous().clone()
+        rounding.refit(codes, grid.all_zeros(), hessian.contiguous(), target.contiguous(), grid.scales(), grid.width, steps, multipliers)
+        return Grid(grid.bits, grid.group, steps.to(torch.bfloat16), multipliers, grid.zeros, grid.cols)
+    left, right = _normal_equations(target, hessian, codes, grid)
     diagonal = left.diagonal(dim1=-2, dim2=-1)
-    left = left + torch.diag_embed(diagonal * 1e-4 + diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-30)
-    solved, failed = torch.linalg.solve_ex(left, right.unsqueeze(-1))
+    ridge = torch.diag_embed(diagonal * 1e-4 + diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-30)
+    solved, failed = torch.linalg.solve_ex(left + ridge, right.unsqueeze(-1))
     scale = solved.squeeze(-1)
-    usable = (
-        torch.isfinite(scale).all(-1, keepdim=True) & (scale > 0).all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
-    )
-    scale = torch.where(usable, scale, grid.scales())
+    usable = torch.isfinite(scale).all(-1) & (scale > 0).all(-1) & (failed == 0)
+    scale = torch.where(usable.unsqueeze(-1), scale, grid.scales().double()).float()
     row_scales, multipliers = store_scales(scale, grid.group)
     trial = Grid(grid.bits, grid.group, row_scales, multipliers, grid.zeros, grid.cols)
-    better = row_errors(weights, hessian, values(codes, trial)) < row_errors(weights, hessian, values(codes, grid))
+    better = usable & (_scale_error(left, right, trial.scales()) < _scale_error(left, right, grid.scales()))
     kept = torch.where(better, trial.row_scales, grid.row_scales)
     if multipliers is not None:
         assert grid.multipliers is not None
         multipliers = torch.where(better.unsqueeze(-1), multipliers, grid.multipliers)
     return Grid(grid.bits, grid.group, kept, multipliers, grid.zeros, grid.cols)
+
+
+def _normal_equations(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid
+                      ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """float64 [E, o, G, G] and [E, o, G]: of the least-squares problem for the scales of each row."""
+    width, groups = grid.width, grid.scales().shape[-1]
+    _, zero = grid.by_column()
+    levels = codes.float() - zero
+    right = torch.stack([part.sum(-1) for part in (target * levels).split(width, -1)], -1)
+    left = torch.empty(*right.shape, groups, dtype=torch.float64)
+    for g, part in enumerate(levels.split(width, -1)):
+        reached = (part @ hessian[:, g * width : g * width + part.shape[-1]]) * levels  # (E, o, i)
+        left[..., g, :] = torch.stack([p.sum(-1) for p in reached.split(width, -1)], -1)
+    return left, right.double()
+
+
+def _scale_error(left: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Squared error of each row [E, o] under the Hessian, less what does not depend on the scales [E, o, G]."""
+    scale = scale.double().unsqueeze(-1)
+    return ((left @ scale - 2 * right.unsqueeze(-1)) * scale).sum((-2, -1))
 
 
 def row_errors(weights: torch.Tensor, hessian: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:

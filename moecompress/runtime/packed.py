@@ -10,6 +10,7 @@ from moecompress.kernels import grouped_matmul
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.scheme import Scheme
+from moecompress.runtime.dispatch import by_expert, crowded
 
 
 class PackedBank(nn.Module):
@@ -136,6 +137,8 @@ class PackedExperts(nn.Module):
         ``module`` is the family's own experts module: its activation, biases and norms are used as they are.
         """
         tokens, top_k = chosen.shape
+        if crowded(chosen, self.layout.experts):
+            return by_expert(module, self.layout, self._matmul, hidden, chosen, weights)
         expert = chosen.reshape(-1).clamp(max=self.layout.experts)
         x = hidden.repeat_interleave(top_k, dim=0)
         gate = self.project(GATE, x, expert) if self.layout.gated else None
@@ -148,6 +151,14 @@ class PackedExperts(nn.Module):
             y = module.post_expert_norm(y)
         y = y * weights.reshape(-1, 1)
         return y.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+    def _matmul(self, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        for name, bank in self.banks(projection).items():
+            slot = int(self.slot_table(projection, name, x.device)[expert])
+            if slot >= 0:
+                return bank.matmul(x, torch.full((len(x),), slot, dtype=torch.int32, device=x.device))
+        raise AssertionError(f"expert {expert} is in no bank of {projection}")
 
 
 class PackedLinear(nn.Module):

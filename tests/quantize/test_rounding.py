@@ -98,13 +98,28 @@ def test_descent_and_refit_never_raise_the_error(monkeypatch, native):
     last = gptq.row_errors(weights, hessian, gptq.values(codes, grid))
     first = last.sum()
     for _ in range(3):
-        grid = gptq.refit(weights, hessian, codes, grid)
+        grid = gptq.refit(weights @ hessian, hessian, codes, grid)
         now = gptq.row_errors(weights, hessian, gptq.values(codes, grid))
         assert (now <= last * 1.0001).all()
         codes = gptq.descend(weights, hessian, codes, grid)
         last = gptq.row_errors(weights, hessian, gptq.values(codes, grid))
         assert (last <= now * 1.0001).all()
     assert last.sum() < 0.5 * first
+
+
+@pytest.mark.parametrize(("cols", "group"), [(70, 32), (128, 64), (31, 0), (33, 32)])
+def test_native_refit_is_torch_refit(monkeypatch, cols, group):
+    if not rounding.available():
+        pytest.skip("the compiled library is not there")
+    weights, hessian = problem(cols=cols)
+    grid = fit(weights, hessian.diagonal(dim1=-2, dim2=-1), 3, group, False)
+    codes = gptq.rtn(weights, grid)
+    found = gptq.refit(weights @ hessian, hessian, codes, grid)
+    monkeypatch.setattr(rounding, "available", lambda: False)
+    expected = gptq.refit(weights @ hessian, hessian, codes, grid)
+    assert not torch.equal(found.scales(), grid.scales())
+    assert (found.scales() == expected.scales()).double().mean() > 0.97  # the rest: ties of rounding
+    assert torch.allclose(found.scales(), expected.scales(), rtol=0.02)
 
 
 def test_descent_ends_where_no_single_code_can_improve():

@@ -1,4 +1,4 @@
-// Rounding with error feedback (GPTQ), coordinate descent and scale search, for many experts at once.
+// Rounding with error feedback (GPTQ), coordinate descent, scale search and scale refit, for many experts at once.
 //
 // Rows are independent: a task is a few rows of one expert, and tasks are handed out to the threads of torch's own OpenMP
 // pool. Columns are processed in blocks: inside a block every column updates the rest of the block, and after it one
@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 constexpr int64_t kRows = 8;    // rows of a task: they share every row of the matrix that is streamed
 constexpr int64_t kBlock = 32;  // columns between two updates of everything behind them
 constexpr int64_t kLane = 16;   // floats of a vector
@@ -165,6 +165,138 @@ FAST void search_group(const Search& s, const float* w, const float* h, int64_t 
   *zero_out = zero;
 }
 
+struct Refit {
+  const uint8_t* codes;   // [n, rows, cols]
+  const float* zeros;     // [n, rows, groups]
+  const float* matrix;    // [n, cols, cols] Hessian
+  const float* target;    // [n, rows, cols] weights times Hessian
+  const float* scales;    // [n, rows, groups] the present ones
+  float* steps;           // [n, rows] in and out: row scales
+  uint8_t* factors;       // [n, rows, groups] in and out: multipliers, or null if a row is one group
+  int64_t count, rows, cols, groups, width;
+};
+
+float to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits += 0x7fff + ((bits >> 16) & 1);
+  bits &= 0xffff0000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Solve (left + ridge) x = right for a symmetric positive definite matrix [g, g]; false if it is not one.
+bool solve(double* left, const double* right, double* x, int64_t g) {
+  double mean = 0;
+  for (int64_t i = 0; i < g; ++i) mean += left[i * g + i] / g;
+  for (int64_t i = 0; i < g; ++i) left[i * g + i] += left[i * g + i] * 1e-4 + mean * 1e-6 + 1e-30;
+  for (int64_t j = 0; j < g; ++j) {
+    for (int64_t i = j; i < g; ++i) {
+      double total = left[i * g + j];
+      for (int64_t k = 0; k < j; ++k) total -= left[i * g + k] * left[j * g + k];
+      if (i == j) {
+        if (!(total > 0)) return false;
+        left[i * g + j] = std::sqrt(total);
+      } else {
+        left[i * g + j] = total / left[j * g + j];
+      }
+    }
+  }
+  for (int64_t i = 0; i < g; ++i) {
+    double total = right[i];
+    for (int64_t k = 0; k < i; ++k) total -= left[i * g + k] * x[k];
+    x[i] = total / left[i * g + i];
+  }
+  for (int64_t i = g - 1; i >= 0; --i) {
+    double total = x[i];
+    for (int64_t k = i + 1; k < g; ++k) total -= left[k * g + i] * x[k];
+    x[i] = total / left[i * g + i];
+  }
+  return true;
+}
+
+// Squared error under the Hessian, less what does not depend on the scales.
+double scale_error(const double* left, const double* right, const double* scale, int64_t g) {
+  double total = 0;
+  for (int64_t i = 0; i < g; ++i) {
+    double row = -2 * right[i];
+    for (int64_t k = 0; k < g; ++k) row += left[i * g + k] * scale[k];
+    total += row * scale[i];
+  }
+  return total;
+}
+
+// left[r][g][h] = levels in g · H · levels in h, right[r][g] = target · levels in g, for n rows of expert e.
+FAST void normal_equations(const Refit& f, int64_t e, int64_t first, int64_t n, float* levels, double* left, double* right) {
+  const int64_t cols = f.cols, stride = (cols + kLane - 1) / kLane * kLane, groups = f.groups;
+  const float* matrix = f.matrix + e * cols * cols;
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t row = e * f.rows + first + r;
+    for (int64_t j = 0; j < cols; ++j) {
+      levels[r * stride + j] = static_cast<float>(f.codes[row * cols + j]) - f.zeros[row * groups + j / f.width];
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      float total = 0;
+      for (int64_t j = g * f.width; j < std::min((g + 1) * f.width, cols); ++j) {
+        total += f.target[row * cols + j] * levels[r * stride + j];
+      }
+      right[r * groups + g] = total;
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = g * f.width, end = std::min(begin + f.width, cols);
+    for (int64_t h = g; h < groups; ++h) {
+      const int64_t stop = std::min((h + 1) * f.width, cols);
+      Vector sums[kRows] = {};
+      float rest[kRows] = {};
+      int64_t k = h * f.width;
+      for (; k + kLane <= stop; k += kLane) {
+        Vector total[kRows] = {};
+        for (int64_t j = begin; j < end; ++j) {
+          const Vector u = load(matrix + j * cols + k);
+          for (int64_t r = 0; r < kRows; ++r) total[r] += levels[r * stride + j] * u;
+        }
+        for (int64_t r = 0; r < kRows; ++r) sums[r] += total[r] * load(levels + r * stride + k);
+      }
+      for (; k < stop; ++k) {
+        for (int64_t r = 0; r < n; ++r) {
+          float total = 0;
+          for (int64_t j = begin; j < end; ++j) total += levels[r * stride + j] * matrix[j * cols + k];
+          rest[r] += total * levels[r * stride + k];
+        }
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        double total = rest[r];
+        for (int64_t lane = 0; lane < kLane; ++lane) total += sums[r][lane];
+        left[(r * groups + g) * groups + h] = left[(r * groups + h) * groups + g] = total;
+      }
+    }
+  }
+}
+
+// The scales of a row by least squares, rounded to what is stored, and taken if they are better than the present ones.
+void refit_row(const Refit& f, int64_t row, double* left, const double* right, double* copy, double* fresh) {
+  const int64_t g = f.groups;
+  std::memcpy(copy, left, g * g * sizeof(double));
+  if (!solve(copy, right, fresh, g)) return;
+  double most = 0;
+  for (int64_t i = 0; i < g; ++i) {
+    if (!(fresh[i] > 0) || !std::isfinite(fresh[i])) return;
+    most = std::max(most, fresh[i]);
+  }
+  uint8_t* factors = f.factors ? f.factors + row * g : nullptr;
+  const float step = to_bfloat16(factors ? std::max(static_cast<float>(most) / 255.0f, kSmallest) : static_cast<float>(fresh[0]));
+  double* now = copy;  // the factorisation is not needed any more
+  for (int64_t i = 0; i < g; ++i) {
+    now[i] = f.scales[row * g + i];
+    if (factors) fresh[i] = step * std::min(std::max(std::nearbyintf(static_cast<float>(fresh[i]) / step), 1.0f), 255.0f);
+  }
+  if (!factors) fresh[0] = step;
+  if (!(scale_error(left, right, fresh, g) < scale_error(left, right, now, g))) return;
+  f.steps[row] = step;
+  for (int64_t i = 0; factors && i < g; ++i) factors[i] = static_cast<uint8_t>(std::nearbyint(fresh[i] / step));
+}
+
 struct Pool {
   std::atomic<int64_t> next{0};
   std::atomic<int> status{kGood};
@@ -212,6 +344,22 @@ void search_task(const void* job, int64_t row, float*) {
   }
 }
 
+int64_t refit_floats(const Refit& f) {
+  const int64_t stride = (f.cols + kLane - 1) / kLane * kLane, g = f.groups;
+  return kRows * stride + 2 * (kRows * g * g + kRows * g + g * g + g);  // doubles count twice
+}
+
+void refit_task(const void* job, int64_t task, float* scratch) {
+  const Refit& f = *static_cast<const Refit*>(job);
+  const int64_t per = (f.rows + kRows - 1) / kRows, stride = (f.cols + kLane - 1) / kLane * kLane, g = f.groups;
+  const int64_t e = task / per, first = task % per * kRows, n = std::min(kRows, f.rows - first);
+  double* left = reinterpret_cast<double*>(scratch + kRows * stride);  // kRows * stride is even: still aligned
+  double* right = left + kRows * g * g;
+  double* copy = right + kRows * g;
+  normal_equations(f, e, first, n, scratch, left, right);
+  for (int64_t r = 0; r < n; ++r) refit_row(f, e * f.rows + first + r, left + r * g * g, right + r * g, copy, copy + g * g);
+}
+
 bool sizes_fit(int64_t count, int64_t rows, int64_t cols, int64_t groups, int64_t width, int bits) {
   return count >= 0 && rows > 0 && cols > 0 && width > 0 && groups == (cols + width - 1) / width && bits >= 1 && bits <= 8;
 }
@@ -245,6 +393,17 @@ __attribute__((visibility("default"))) int moec_search(const Search* s, Parallel
   pool.run = search_task;
   pool.job = s;
   pool.scratch_floats = 1;
+  return spread(pool, parallel, threads);
+}
+
+__attribute__((visibility("default"))) int moec_refit(const Refit* f, Parallel parallel, int threads) {
+  if (!sizes_fit(f->count, f->rows, f->cols, f->groups, f->width, 8)) return kBadSize;
+  if (f->factors == nullptr && f->groups != 1) return kBadSize;
+  Pool pool;
+  pool.tasks = f->count * ((f->rows + kRows - 1) / kRows);
+  pool.run = refit_task;
+  pool.job = f;
+  pool.scratch_floats = refit_floats(*f);
   return spread(pool, parallel, threads);
 }
 
