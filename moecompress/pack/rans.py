@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecompress.pack import dictionary
 from moecompress.pack.dictionary import PAIRS, DictionaryBank
-from moecompress.pack.ternary import ZERO, _refuse_above, demand, wrong
+from moecompress.pack.ternary import ZERO, demand, refuse_above, wrong
 
 LANES = 32  # states of a matrix; pair p belongs to lane p mod 32
 PRECISION = 14  # frequencies of a table sum to 2**14
@@ -51,7 +51,7 @@ def entropy(trits: Tensor) -> float:
 
 def archive(trits: Tensor) -> Archive:
     """uint8 (n, rows, cols), each below 3 -> smallest lossless form."""
-    _refuse_above("trit", trits, 2)
+    refuse_above("trit", trits, 2)
     coded = [_encode(part) for part in trits.split(MATRICES_AT_ONCE)]
     streams, counts, states, tables = (torch.cat(parts) for parts in zip(*coded, strict=True))
     return Archive(streams, counts.cumsum(0), states, tables, trits.shape[1], trits.shape[2])

@@ -53,7 +53,7 @@ def sign_bytes(rows: int, cols: int) -> int:
 
 def pack_trits(trits: Tensor) -> Tensor:
     """uint8 (..., cols), each below 3 -> uint8 (..., ceil(cols / 5)); the first trit of a byte counts 1, the last 81."""
-    _refuse_above("trit", trits, 2)
+    refuse_above("trit", trits, 2)
     padded = torch.nn.functional.pad(trits, (0, -trits.shape[-1] % TRITS), value=ZERO)
     return (padded.unflatten(-1, (-1, TRITS)) * _powers(trits.device)).sum(-1, dtype=torch.uint8)
 
@@ -68,7 +68,7 @@ def unpack_trits(packed: Tensor, cols: int) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """uint8 (..., cols) of 0 and 1 -> uint8 (..., ceil(cols / 8)), lowest bit first."""
-    _refuse_above("bit", bits, 1)
+    refuse_above("bit", bits, 1)
     padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (padded << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
 
@@ -128,6 +128,11 @@ def demand(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
         raise wrong(name, f"{dtype} {shape}", f"{tensor.dtype} {tuple(tensor.shape)}")
 
 
+def refuse_above(name: str, values: Tensor, top: int) -> None:
+    if values.dtype != torch.uint8 or (values.numel() and int(values.max()) > top):
+        raise ValueError(f"a {name} is a uint8 from 0 to {top}")
+
+
 def wrong(name: str, expected: str, got: str) -> UserError:
     return UserError(
         f"packed tensor '{name}' does not fit the format",
@@ -135,11 +140,6 @@ def wrong(name: str, expected: str, got: str) -> UserError:
         got=got,
         remedy="the file is damaged or its manifest belongs to another one; copy or compress it again",
     )
-
-
-def _refuse_above(name: str, values: Tensor, top: int) -> None:
-    if values.dtype != torch.uint8 or (values.numel() and int(values.max()) > top):
-        raise ValueError(f"a {name} is a uint8 from 0 to {top}")
 
 
 def _powers(device: torch.device) -> Tensor:
