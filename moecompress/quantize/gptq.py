@@ -6,12 +6,15 @@ the descent is the cyclic one of QuantEase, arXiv:2309.01885; the refit solves f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moecompress.kernels import rounding
 from moecompress.quantize.grid import Grid, nearest, store_scales
 
 BLOCK = 128  # columns between two full updates
+Choose = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def rtn(weights: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -28,25 +31,38 @@ def gptq(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: 
     """
     if rounding.available() and weights.device.type == "cpu":
         return _native(weights, upper, order, grid)
+    scale, zero = grid.by_column()
+
+    def choose(column: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        s, z = scale.gather(-1, at).squeeze(-1), zero.gather(-1, at).squeeze(-1)
+        code = nearest(column, s, z, grid.bits)
+        return code, s * (code - z)
+
+    return feedback(weights, upper, order, choose)
+
+
+def feedback(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, choose: Choose) -> torch.Tensor:
+    """Codes uint8 [E, o, i]: columns one by one, the error of each spread over those that follow.
+
+    choose(column [E, o], its index in every row [E, o, 1]) gives codes and values, [E, o] each.
+    """
     experts, rows, cols = weights.shape
     spread = order[:, None, :].expand(-1, rows, -1)
-    scale, zero = (tensor.gather(-1, spread) for tensor in grid.by_column())
     w = weights.gather(-1, spread)
-    codes = torch.empty_like(w)
+    codes = torch.empty(weights.shape, dtype=torch.uint8)
     for begin in range(0, cols, BLOCK):
         end = min(begin + BLOCK, cols)
         block, errors = w[..., begin:end], torch.empty(experts, rows, end - begin)
         inner = upper[:, begin:end, begin:end]
         for j in range(end - begin):
             column = block[..., j]
-            s, z = scale[..., begin + j], zero[..., begin + j]
-            code = nearest(column, s, z, grid.bits)
-            error = (column - s * (code - z)) / inner[:, j, j, None]
+            code, value = choose(column, spread[..., begin + j, None])
+            error = (column - value) / inner[:, j, j, None]
             codes[..., begin + j] = code
             errors[..., j] = error
             block[..., j + 1 :] -= error.unsqueeze(-1) * inner[:, None, j, j + 1 :]
         w[..., end:] -= errors @ upper[:, begin:end, end:]
-    return torch.empty_like(codes).scatter_(-1, spread, codes).to(torch.uint8)
+    return torch.empty_like(codes).scatter_(-1, spread, codes)
 
 
 def _native(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
