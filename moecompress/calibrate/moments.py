@@ -17,8 +17,8 @@ from moecompress.quantize.hessian import moment, shrink, token_weights
 
 #: Tokens of the layer that every expert is shown, routed to it or not, to fill in where its own tokens are few.
 POOL_TOKENS = 512
-#: Tokens of the layer that are summed at once: all of them in float32 would be three times what was captured.
-POOL_PART = 4096
+#: Tokens of the layer whose inputs make the pooled Hessian, at most: many times its columns.
+POOL_INPUTS = 8192
 #: Tokens of an expert whose activation slopes are averaged.
 SLOPE_TOKENS = 512
 #: Step of the central difference for the activation's slope, relative to the spread of the pre-activations.
@@ -59,9 +59,9 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
     """Moments of all experts, ``chunk`` at a time. ``prior``: tokens at which own and pooled Hessian weigh the same."""
     routed = route(capture, layout.experts)
     usable = capture.keep.nonzero().squeeze(1)
-    pick = usable[torch.linspace(0, len(usable) - 1, min(POOL_TOKENS, len(usable))).long()] if len(usable) else usable
-    pool = capture.hidden[pick].float()
-    pool_in = sum(moment(capture.hidden[part]) for part in usable.split(POOL_PART)) / max(1, len(usable))
+    pool = capture.hidden[_spread(usable, POOL_TOKENS)].float()
+    inputs = capture.hidden[_spread(usable, max(POOL_INPUTS, 4 * layout.hidden))]
+    pool_in = moment(inputs) / max(1, len(inputs))
     stored = projections(module, layout)
     for first in range(0, layout.experts, chunk):
         experts = list(range(first, min(first + chunk, layout.experts)))
@@ -81,6 +81,11 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
         )
 
 
+def _spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """At most ``count`` of the tokens, evenly spread."""
+    return tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).long()] if len(tokens) else tokens
+
+
 def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert: int, weights: dict[str, torch.Tensor],
          pool: torch.Tensor, pool_in: torch.Tensor, hessian: str, prior: float, sensitivity: bool):  # fmt: skip
     pairs = routed.of(expert)
@@ -95,7 +100,7 @@ def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert
     inner = shrink(moment(a, omega), mass, len(x), moment(a_pool) / max(1, len(pool)), prior * layout.width)
     rows = {}
     if sensitivity:
-        some = torch.linspace(0, len(x) - 1, min(SLOPE_TOKENS, len(x))).long()
+        some = _spread(torch.arange(len(x)), SLOPE_TOKENS)
         seen = (None if pre[0] is None else pre[0][some], pre[1][some]) if len(x) else pool_pre
         rows = _row_weights(module, layout, expert, weights, seen, gate[some].square() if len(x) else None)
     return x_in, inner, rows, float(gate.square().sum())

@@ -58,9 +58,11 @@ def command(
     dense_perplexity = perplexity(dense, unseen.ids, "dense original")
     say("2/4  convert it to a Mixture of Experts")
     shape = default_shape(dense, 16)
+    unfinished = output / ".moe.unfinished"
     converted = convert_dense(
-        dense, used.ids, output / "moe", tokenizer, experts=16, top_k=shape.top_k, shared=shape.shared, seed=0
+        dense, used.ids, unfinished, tokenizer, experts=16, top_k=shape.top_k, shared=shape.shared, seed=0
     )
+    unfinished.rename(output / "moe")
     del dense
     say(f"3/4  compress the experts to {bits:g} bits per weight")
     job = pipeline.make_job(str(output / "moe"), recipe_from([*RECIPE, f"target.bits={bits}"]), tokens=used)
