@@ -19,7 +19,7 @@ GROUP = get_command(app)
 
 
 def examples(name: str) -> list[str]:
-    return re.findall(r"^(?:    |`)(moecompress .*?)`?$", GROUP.commands[name].help or "", flags=re.MULTILINE)  # type: ignore[attr-defined]
+    return re.findall(r"^(?:    |`)(moecompress [^`]*)`?$", GROUP.commands[name].help or "", flags=re.MULTILINE)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

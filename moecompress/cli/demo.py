@@ -9,8 +9,8 @@ import typer
 
 from moecompress.cli.common import Json, print_json, size_text
 
-#: 12,288 tokens to calibrate on and 8,192 others to measure on, of the text that every CPython ships.
-SEQUENCES, EVALUATION, LENGTH = 24, 16, 512
+#: 12,288 tokens to calibrate on and 4,096 others to measure on, of the text that every CPython ships.
+SEQUENCES, EVALUATION, LENGTH = 24, 8, 512
 RECIPE = ["name=demo", "target.bits=3.0", f"calibration.sequences={SEQUENCES}", f"calibration.length={LENGTH}",
           "calibration.heldout=4"]  # fmt: skip
 
