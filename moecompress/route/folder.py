@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
 from moecompress.evaluate.divergence import compare, trace
@@ -50,7 +53,7 @@ def route(model: str, output: Path, policy: str, share: float, text: str = "buil
         measured["before"] = compare(opened(folder), batches, known, "before").summary()
     routed = opened(folder)
     apply(routed.model, tuned)
-    counts = counting(routed)
+    counts = counting(routed.model)
     measured["after"] = compare(routed, batches, known, "skipping").summary()
     measured["skipped"] = sum(skipped for skipped, _ in counts) / sum(calls for _, calls in counts)
     write(folder, output, tuned, measured)
@@ -58,18 +61,18 @@ def route(model: str, output: Path, policy: str, share: float, text: str = "buil
             **measured, "thresholds": {name: rule.threshold for name, rule in tuned.layers.items()}}  # fmt: skip
 
 
-def counting(opened: OpenModel) -> list[tuple[int, int]]:
+def counting(model: nn.Module) -> list[tuple[int, int]]:
     """A list that grows by (skipped pairs, all pairs) with every call of experts that skip."""
     counts: list[tuple[int, int]] = []
-    for moe in opened.anatomy.moe.values():
-        module: Any = opened.model.get_submodule(moe.module)
 
-        def counted(chosen: torch.Tensor, weights: torch.Tensor, own=module.skipping) -> tuple[torch.Tensor, torch.Tensor]:
-            left, new = own(chosen, weights)
-            counts.append((int((left < 0).sum()), left.numel()))
-            return left, new
+    def counted(skip: Callable, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, new = skip(chosen, weights)
+        counts.append((int((left < 0).sum()), left.numel()))
+        return left, new
 
-        module.skipping = counted
+    for module in model.modules():
+        if "skipping" in module.__dict__:
+            module.__dict__["skipping"] = partial(counted, module.__dict__["skipping"])
     return counts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ from moecompress import pipeline
 from moecompress.calibrate.data import TokenBatches
 from moecompress.errors import UserError
 from moecompress.export.dense import export
+from moecompress.model.experts import resolve
 from moecompress.model.walk import OpenModel
 from moecompress.route.calibrate import Seen, observe, tune
 from moecompress.route.folder import counting
 from moecompress.route.folder import route as route_folder
 from moecompress.runtime import loading
-from moecompress.runtime.packed import PackedBank
+from moecompress.runtime.packed import PackedBank, PackedExperts
 from moecompress.runtime.skipping import KEY, Policy, read_policy
 
-FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_vl_moe"]
-PACKED = ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_vl_moe"]
+FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_5_moe"]
+PACKED = ["mixtral", "gpt_oss", "qwen3_5_moe"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
     """A checkpoint, ordinary or packed; the class that loads it, and tokens for it."""
 
@@ -47,9 +49,10 @@ class Model:
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         return load(self.head, self.folder, dtype)
 
-    def seen(self, weigh: bool = False) -> dict[str, Seen]:
+    @cached_property
+    def seen(self) -> dict[str, Seen]:
         opened = OpenModel(self.folder, torch.float32, prepare=loading.prepare(self.folder))
-        return observe(opened, self.tokens.ids.split(1), self.tokens.mask, weigh)
+        return observe(opened, self.tokens.ids.split(1), self.tokens.mask, weigh=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def mixtral(make) -> Model:
 
 
 def test_wanted_share_is_skipped(model: Model) -> None:
-    seen = model.seen(weigh=True)
+    seen = model.seen
     for name, share in (("odp", 0.15), ("naee", 0.3), ("top-p", 0.25), ("modes", 0.4)):
         policy = tune(name, seen, share)
         assert policy.skip == pytest.approx(share, abs=0.01)
@@ -97,10 +100,10 @@ def test_wanted_share_is_skipped(model: Model) -> None:
 def test_share_when_the_model_runs(mixtral: Model) -> None:
     """All layers skip at once, on the very text: what the first ones skip hardly moves the routing of the last."""
     for name in ("odp", "modes"):
-        policy = tune(name, mixtral.seen(weigh=True), 0.2)
+        policy = tune(name, mixtral.seen, 0.2)
         opened = OpenModel(mixtral.folder, torch.float32)
         route.apply(opened.model, policy)
-        counts = counting(opened)
+        counts = counting(opened.model)
         observe(opened, mixtral.tokens.ids.split(1), mixtral.tokens.mask)
         assert sum(n for n, _ in counts) / sum(n for _, n in counts) == pytest.approx(0.2, abs=0.03)
 
@@ -108,7 +111,7 @@ def test_share_when_the_model_runs(mixtral: Model) -> None:
 def test_skipping_is_a_weight_of_zero(model: Model) -> None:
     """Against transformers' own loop over experts on the weights that the policy leaves, or for packed experts all pairs."""
     loaded = model.load()
-    policy = tune("odp", model.seen(), 0.3)
+    policy = tune("odp", model.seen, 0.3)
     route.apply(loaded, policy)
     experts = loaded.get_submodule(next(iter(policy.layers)))
     generator = torch.Generator().manual_seed(0)
@@ -127,42 +130,32 @@ def test_skipping_is_a_weight_of_zero(model: Model) -> None:
 
 def test_skipped_pairs_are_not_computed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = model.load()
+    policy = tune("odp", model.seen, 0.4)
+    banks = {id(bank) for m in loaded.modules() if isinstance(m, PackedExperts) for bank in m.modules() if isinstance(bank, PackedBank)}
     rows: list[int] = []
     grouped, matmul = hf_moe._grouped_mm, PackedBank.matmul
 
-    def spy_grouped(x, weight, offs):
+    def spy(x, weight, offs):
         rows.append(len(x))
         return grouped(x, weight, offs)
 
     def spy_packed(self, x, slots):
-        rows.append(int((slots >= 0).sum()))
+        rows.extend([int((slots >= 0).sum())] if id(self) in banks else [])
         return matmul(self, x, slots)
 
-    route.apply(loaded, tune("odp", model.seen(), 0.0))
-    monkeypatch.setattr(hf_moe, "_grouped_mm", spy_grouped)
-    packs_experts = [m for m in loaded.modules() if isinstance(m, PackedBank) and hasattr(m, "experts")]
-    monkeypatch.setattr(PackedBank, "matmul", lambda self, x, slots: (
-        spy_packed if any(self is bank for bank in packs_experts) else matmul)(self, x, slots))  # fmt: skip
+    monkeypatch.setattr(hf_moe, "_grouped_mm", spy)
+    monkeypatch.setattr(PackedBank, "matmul", spy_packed)
+    for name in policy.layers:
+        loaded.get_submodule(resolve(loaded, name)).config._experts_implementation = "moecompress"
     plain(loaded, model.ids)
-    all_rows = sum(rows)
+    everything = sum(rows)
     rows.clear()
-    seen = model.seen()
-    rows.clear()
-    route.apply(loaded, tune("odp", seen, 0.4))
-    kept = skipped = 0
-    for module in loaded.modules():
-        if (own := getattr(module, "skipping", None)) is not None:
-
-            def counted(chosen, weights, own=own):
-                nonlocal kept, skipped
-                left, new = own(chosen, weights)
-                kept, skipped = kept + int((left >= 0).sum()), skipped + int((left < 0).sum())
-                return left, new
-
-            module.skipping = counted
+    route.apply(loaded, policy)
+    counts = counting(loaded)
     plain(loaded, model.ids)
+    skipped, calls = map(sum, zip(*counts, strict=True))
     assert skipped > 0
-    assert sum(rows) * (kept + skipped) == all_rows * kept
+    assert sum(rows) * calls == everything * (calls - skipped)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -173,9 +166,9 @@ def test_nothing_skipped_changes_no_bit(model: Model, dtype: torch.dtype) -> Non
             module.config._experts_implementation = "moecompress"
     before = plain(loaded, model.ids)
     for name in route.POLICIES:
-        route.apply(loaded, tune(name, model.seen(), 0.0))
+        route.apply(loaded, tune(name, model.seen, 0.0))
         assert torch.equal(plain(loaded, model.ids), before)
-    route.apply(loaded, tune("odp", model.seen(), 0.4))
+    route.apply(loaded, tune("odp", model.seen, 0.4))
     assert not torch.equal(plain(loaded, model.ids), before)
     route.remove(loaded)
     assert torch.equal(plain(loaded, model.ids), before)
@@ -194,7 +187,7 @@ def test_written_folder_computes_the_same(model: Model, tmp_path: Path) -> None:
     if loading.is_packed(out):
         assert torch.equal(plain(again, model.ids), expected)
         loading.verify_files(out)
-        auto = load(AutoModelForCausalLM, out)  # of qwen3_vl_moe the text part alone
+        auto = load(AutoModelForCausalLM, out)  # of qwen3_5_moe the text part alone
         assert_close(plain(auto, model.ids), expected, "by AutoModelForCausalLM")
         again.save_pretrained(tmp_path / "saved")
         assert torch.equal(plain(load(model.head, tmp_path / "saved"), model.ids), expected)
@@ -236,7 +229,7 @@ def test_one_expert_per_token_is_refused() -> None:
 ])  # fmt: skip
 def test_impossible_wishes_are_refused(mixtral: Model, policy: str, share: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        tune(policy, mixtral.seen(), share)
+        tune(policy, mixtral.seen, share)
 
 
 def changed(policy: Policy, **changes: Any) -> dict[str, Any]:
@@ -244,7 +237,7 @@ def changed(policy: Policy, **changes: Any) -> dict[str, Any]:
 
 
 def test_policies_of_other_models_are_refused(make, mixtral: Model) -> None:
-    policy = tune("odp", mixtral.seen(), 0.2)
+    policy = tune("odp", mixtral.seen, 0.2)
     loaded = mixtral.load()
     layers = policy.model_dump()["layers"]
     first, *rest = layers
@@ -272,7 +265,7 @@ def test_damaged_policies_are_refused(make, tmp_path: Path, change: dict, words:
     folder = Path(shutil.copytree(packed.folder, tmp_path / "packed"))
     (folder / "moecompress" / "manifest.json").unlink()
     config = json.loads((folder / "config.json").read_text())
-    config[KEY] = changed(tune("odp", packed.seen(), 0.2)) | change
+    config[KEY] = changed(tune("odp", packed.seen, 0.2)) | change
     (folder / "config.json").write_text(json.dumps(config))
     for load_it in (loading.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError, match=words):

@@ -35,13 +35,15 @@ def some_weights(tokens: int, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [2, 3, 8])
-@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.7])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_policy_is_its_loop(policy: str, threshold: float, k: int) -> None:
+def test_policy_is_its_loop(policy: str, k: int) -> None:
     weights = some_weights(300, k)
-    skipped = POLICIES[policy](weights, threshold, 0.6)
-    assert skipped.tolist() == [loop(policy, row, threshold, 0.6) for row in weights.tolist()]
-    assert 0 < skipped.sum() < skipped.numel()
+    counts = []
+    for threshold in (0.05, 0.3, 0.7):
+        skipped = POLICIES[policy](weights, threshold, 1.6)
+        assert skipped.tolist() == [loop(policy, row, threshold, 1.6) for row in weights.tolist()]
+        counts.append(int(skipped.sum()))
+    assert len(set(counts)) > 1 and max(counts) < 300 * k
 
 
 @pytest.mark.parametrize("policy", ["odp", "naee", "top-p"])
