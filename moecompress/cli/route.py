@@ -37,8 +37,9 @@ def command(
     """Skip the chosen experts whose weight is small: fewer products for a token, with the weights as they are.
 
     The thresholds are tuned on text for the wanted share of skipped calls, and KL is measured on other sequences of it.
-    The output has the same shards and the policy in config.json; a compressed folder applies it when it is loaded, for
-    an ordinary one call moecompress.route.apply(model, model.config.moecompress_routing).
+    The output has the same shards (hard links, where the file system allows) and the policy in config.json. A compressed
+    folder applies it when it is loaded; for an ordinary one call
+    moecompress.route.apply(model, model.config.moecompress_routing).
 
     odp drops each expert whose weight is small beside the token's largest; naee all but the first where the second is
     small; top-p what the smallest set reaching a share of the weight does not need; modes by importance of the layer.

@@ -36,8 +36,9 @@ def observe(opened: OpenModel, batches: Sequence[torch.Tensor], mask: torch.Tens
     """Experts module -> what its router gave, one layer in memory. ``batches``: token ids [B, L]; ``mask``: [N, L] True at
     tokens that count. ``weigh``: measure importances too, which runs every layer of experts twice.
 
-    A layer's importance is the relative squared error of its output without its routed experts, ‖h − h'‖² / ‖h‖². MoDES
-    has the KL of the model's final distribution instead, which takes a pass for every layer.
+    A layer's importance is the relative error of its output without its routed experts, ‖h − h'‖ / ‖h‖: times a weight it
+    is about the error of skipping one expert. MoDES has the KL of the final distribution instead, which takes a pass for
+    every layer and was worse where both were measured (CHANGELOG).
     """
     seen: dict[str, Seen] = {}
     seam_on(opened)
@@ -69,7 +70,7 @@ def _importance(walk: Walk, experts: Any, outputs: list[Any]) -> float:
         error += float((full - without).square().sum())
         energy += float(full.square().sum())
     del experts.skipping
-    return error / max(energy, 1e-30)
+    return (error / max(energy, 1e-30)) ** 0.5
 
 
 def hidden(output: Any) -> torch.Tensor:
@@ -119,9 +120,11 @@ def _threshold(policy: str, seen: dict[str, Seen], share: float) -> float:
         return skipped(policy, seen, dict.fromkeys(seen, threshold))
 
     if found(most) < share:
-        where = next(iter(seen)) if len(seen) == 1 else "the model"
+        alone = policy in BY_LAYER
+        where = next(iter(seen)) if alone else "the model"
         raise UserError(f"{policy} cannot skip that many expert calls", expected=f"at most {found(most):.1%} in {where}",
-                        got=f"{share:.1%}", remedy="ask for a smaller share, or choose another policy")  # fmt: skip
+                        got=f"{share:.1%}", remedy="ask for a smaller share, or "
+                        + ("choose top-p or modes, which take more from other layers" if alone else "choose another policy"))  # fmt: skip
     return _bisect(found, share, none, most)
 
 

@@ -67,7 +67,7 @@ def modes(weights: torch.Tensor, threshold: float, importance: float = 1.0) -> t
     """Skip where importance of the layer × weight is under a threshold; a token may lose all its routed experts.
 
     MoDES (arXiv 2511.15690), one threshold, for text. The paper multiplies the router's probability, which is the weight
-    where a family does not renormalise, and its importance is the KL of skipping the layer (see route/calibrate.py).
+    where a family does not renormalise, and its importance is the KL of skipping the layer; for ours see route/calibrate.py.
     """
     return importance * weights < threshold
 
@@ -120,8 +120,7 @@ def apply(model: nn.Module, policy: Policy | dict[str, Any]) -> None:
     """
     if isinstance(policy, dict):
         policy = parse(policy)
-    names = {resolve(model, name): rule for name, rule in policy.layers.items()}
-    _refuse_others(model, policy, names)
+    names = _rules(model, policy)
     seam.register()
     for name, rule in names.items():
         module: Any = model.get_submodule(name)
@@ -161,28 +160,32 @@ def router_norm(model: nn.Module, name: str) -> float | None:
     return None if weight is None or weight.is_meta else float(weight.detach().float().norm())
 
 
-def _refuse_others(model: nn.Module, policy: Policy, rules: dict[str, Rule]) -> None:
-    """Thresholds mean nothing for other layers, experts or routers than those they were tuned on."""
+def _rules(model: nn.Module, policy: Policy) -> dict[str, Rule]:
+    """Experts module -> rule. Thresholds mean nothing for other layers, experts or routers than those they were tuned on."""
+
+    def other(expected: str, got: object) -> UserError:
+        return UserError("The routing policy was made for another model", expected=expected, got=got,
+                         remedy="tune the policy on this model with `moecompress route`")  # fmt: skip
 
     def pattern(name: str) -> str:
         return re.sub(r"\d+", "#", name)
 
+    try:
+        rules = {resolve(model, name): rule for name, rule in policy.layers.items()}
+    except UserError as error:
+        raise other("rules for modules of this model", error.what) from None
     alike = {pattern(name) for name in rules}
     found = {name for name, _ in model.named_modules() if pattern(name) in alike}
-    remedy = "tune the policy on this model with `moecompress route`"
     if found != set(rules):
-        raise UserError("The routing policy was made for another model", expected=f"rules for {len(found)} layers of experts",
-                        got=f"rules for {len(rules)}", remedy=remedy)  # fmt: skip
+        raise other(f"rules for {len(found)} layers of experts", f"rules for {len(rules)}")
     top_k = top_k_of(model)
     if top_k not in (None, policy.top_k):
-        raise UserError("The routing policy was made for another model", expected=f"{top_k} experts per token",
-                        got=policy.top_k, remedy=remedy)  # fmt: skip
+        raise other(f"{top_k} experts per token", policy.top_k)
     for name, rule in rules.items():
         module: Any = model.get_submodule(name)
         if module.num_experts != rule.experts:
-            raise UserError("The routing policy was made for another model", expected=f"{module.num_experts} experts in {name}",
-                            got=rule.experts, remedy=remedy)  # fmt: skip
+            raise other(f"{module.num_experts} experts in {name}", rule.experts)
         norm = router_norm(model, name)
         if norm is not None and rule.router is not None and abs(norm - rule.router) > ROUTER_TOLERANCE * rule.router:
-            raise UserError("The routing policy was made for another model", expected=f"a router of norm {norm:.6g} beside {name}",
-                            got=f"{rule.router:.6g}", remedy=remedy)  # fmt: skip
+            raise other(f"a router of norm {norm:.6g} beside {name}", f"{rule.router:.6g}")
+    return rules

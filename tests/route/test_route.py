@@ -209,6 +209,15 @@ def test_a_new_policy_replaces_the_old(mixtral: Model, tmp_path: Path) -> None:
     assert pair["before"]["kl_mean"] == 0 < pair["after"]["kl_mean"]
 
 
+def test_quantizing_keeps_the_policy(mixtral: Model, tmp_path: Path) -> None:
+    route_folder(str(mixtral.folder), tmp_path / "routed", "odp", 0.3, heldout=1, tokens=mixtral.tokens)
+    pipeline.quantize(pipeline.make_job(str(tmp_path / "routed"), SMALL, tokens=mixtral.tokens), tmp_path / "packed")
+    loaded = load(mixtral.head, tmp_path / "packed")
+    counts = counting(loaded)
+    plain(loaded, mixtral.ids)
+    assert sum(n for n, _ in counts) / sum(n for _, n in counts) == pytest.approx(0.3, abs=0.1)
+
+
 def test_more_skipping_costs_more(mixtral: Model, tmp_path: Path) -> None:
     costs = [route_folder(str(mixtral.folder), tmp_path / str(share), "odp", share, heldout=1, tokens=mixtral.tokens)["after"]["kl_mean"]
              for share in (0.0, 0.1, 0.4)]  # fmt: skip
@@ -232,6 +241,14 @@ def test_impossible_wishes_are_refused(mixtral: Model, policy: str, share: float
         tune(policy, mixtral.seen, share)
 
 
+def test_layer_without_choice_is_named() -> None:
+    """Routers that give every chosen expert the same weight: nothing tells which to skip, but other layers may give more."""
+    layers = {"alike": Seen(torch.full((50, 2), 0.5), 4), "sure": Seen(torch.tensor([[0.9, 0.1]] * 25 + [[0.8, 0.2]] * 25), 4)}
+    with pytest.raises(UserError, match=r"at most 0\.0% in alike\n.*\n.*top-p or modes"):
+        tune("odp", layers, 0.2)
+    assert tune("top-p", layers, 0.25).skip == 0.25
+
+
 def changed(policy: Policy, **changes: Any) -> dict[str, Any]:
     return policy.model_dump() | changes
 
@@ -244,7 +261,7 @@ def test_policies_of_other_models_are_refused(make, mixtral: Model) -> None:
     more = layers | {"model.layers.7.mlp.experts": layers[first]}
     for wrong, words in (
         (changed(policy, layers={name: layers[name] for name in rest}), "rules for 1"),
-        (changed(policy, layers=more), "does not have"),
+        (changed(policy, layers=more), "module model.layers.7"),
         (changed(policy, top_k=3), "2 experts per token"),
         (changed(policy, layers=layers | {first: layers[first] | {"experts": 8}}), "4 experts in"),
         (changed(policy, layers=layers | {first: layers[first] | {"router": 1.01 * layers[first]["router"]}}), "norm"),
