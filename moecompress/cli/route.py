@@ -59,15 +59,15 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    against = "all experts" if reference is None else reference
-    table = Table("on held-out text", f"KL({against} ‖ …), nats", "95 %", "top-1 agreement", "perplexity", f"of {against}")
+    against = "the model waking all experts" if reference is None else reference
+    table = Table("", "KL, nats", "95 %", "top-1 agreement", "perplexity", title=f"against {against}, on held-out text")
     for label in ("before", "after"):
         if label in record:
             row = record[label]
             low, high = row["kl_interval_95"]
             table.add_row(label, f"{row['kl_mean']:.5f}", f"{low:.5f} … {high:.5f}", f"{row['top1_agreement']:.2%}",
-                          f"{row['perplexity']:.3f}", f"{row['reference_perplexity']:.3f}")  # fmt: skip
+                          f"{row['perplexity']:.3f} (of {row['reference_perplexity']:.3f})")  # fmt: skip
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{output}: {record['skipped']:.2%} of the expert calls skipped ({record['calibration_skipped']:.2%} on the "
-                  f"text it was tuned on), policy {policy}")  # fmt: skip
+    console.print(f"{output}: policy {policy} skips {record['skipped']:.2%} of the expert calls "
+                  f"({record['calibration_skipped']:.2%} on the text it was tuned on)")  # fmt: skip

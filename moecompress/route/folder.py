@@ -22,7 +22,7 @@ from moecompress.pack.manifest import FOLDER, MANIFEST, read_manifest
 from moecompress.pipeline import finish, refuse_target, work_folder
 from moecompress.route.calibrate import observe, tune
 from moecompress.runtime.loading import prepare, verify_files
-from moecompress.runtime.skipping import KEY, Policy, apply, remove
+from moecompress.runtime.skipping import KEY, Policy, apply
 
 
 def route(model: str, output: Path, policy: str, share: float, text: str = "builtin", sequences: int = 32, length: int = 512,
@@ -40,10 +40,7 @@ def route(model: str, output: Path, policy: str, share: float, text: str = "buil
     precision = compute_dtype(original, dtype)
 
     def opened(where: Path) -> OpenModel:
-        """Waking all experts, whatever policy the folder has."""
-        one = OpenModel(where, precision, trust_remote_code, prepare=prepare(where))
-        remove(one.model)
-        return one
+        return OpenModel(where, precision, trust_remote_code, prepare=prepare(where, skipping=False))
 
     tuned = tune(policy, observe(opened(folder), used.ids.split(1), used.mask, weigh=policy == "modes"), share, renormalise)
     batches = list(unseen.ids.split(1))

@@ -60,9 +60,10 @@ def is_packed(folder: Path) -> bool:
     return (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD
 
 
-def prepare(folder: Path) -> Callable[[PreTrainedModel], None] | None:
-    """For `OpenModel`: what to do to the skeleton of this folder (None: nothing; the checkpoint is an ordinary one)."""
-    settings, policy = read_config(folder).get("quantization_config") or {}, read_policy(folder)
+def prepare(folder: Path, skipping: bool = True) -> Callable[[PreTrainedModel], None] | None:
+    """For `OpenModel`: what to do to the skeleton of this folder (None: nothing; the checkpoint is an ordinary one).
+    ``skipping`` False: wake all chosen experts, whatever policy the folder has."""
+    settings, policy = read_config(folder).get("quantization_config") or {}, read_policy(folder) if skipping else None
     packed = is_packed(folder)
     if not packed and (settings or policy is None):
         return None
@@ -85,8 +86,7 @@ def load(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: boo
     with quiet_transformers():
         found = architecture(load_config(folder, trust_remote_code)) or AutoModelForCausalLM
         model = found.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-    policy = read_policy(folder)
-    if policy is not None:
+    if not is_packed(folder) and (policy := read_policy(folder)) is not None:  # packed: from_pretrained applied it
         apply(model, policy)
     return model
 

@@ -204,6 +204,8 @@ def test_a_new_policy_replaces_the_old(mixtral: Model, tmp_path: Path) -> None:
     first = route_folder(str(mixtral.folder), tmp_path / "first", "odp", 0.3, heldout=1, tokens=mixtral.tokens)
     again = route_folder(str(tmp_path / "first"), tmp_path / "again", "odp", 0.3, heldout=1, tokens=mixtral.tokens)
     assert again["thresholds"] == first["thresholds"] and again["after"] == first["after"]
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config | {KEY: "damaged"}))
     pair = route_folder(str(tmp_path / "first"), tmp_path / "third", "naee", 0.1, heldout=1, tokens=mixtral.tokens,
                         reference=str(mixtral.folder))  # fmt: skip
     assert pair["before"]["kl_mean"] == 0 < pair["after"]["kl_mean"]
@@ -222,6 +224,16 @@ def test_more_skipping_costs_more(mixtral: Model, tmp_path: Path) -> None:
     costs = [route_folder(str(mixtral.folder), tmp_path / str(share), "odp", share, heldout=1, tokens=mixtral.tokens)["after"]["kl_mean"]
              for share in (0.0, 0.1, 0.4)]  # fmt: skip
     assert costs[0] == 0 < costs[1] < costs[2]
+
+
+def test_command_line(tiny_model: Path, text_file: Path, tmp_path: Path, moecompress) -> None:
+    options = ["--text", text_file, "--sequences", 4, "--length", 32, "--heldout", 1]
+    ran = moecompress("route", tiny_model, "-o", tmp_path / "out", "--policy", "modes", "--skip", 0.25, "--renormalise", *options)
+    assert ran.code == 0 and "policy modes skips" in ran.out
+    assert read_policy(tmp_path / "out").renormalise
+    ran = moecompress("route", tiny_model, "-o", tmp_path / "more", "--skip", 0.6, *options)
+    assert ran.code == 2 and "at most 50.0%" in ran.err
+    assert not (tmp_path / "more").exists()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
