@@ -19,7 +19,7 @@ GROUP = get_command(app)
 
 
 def examples(name: str) -> list[str]:
-    return re.findall(r"^(?:    |`)(moecompress [^`]*)`?$", GROUP.commands[name].help or "", flags=re.MULTILINE)  # type: ignore[attr-defined]
+    return re.findall(r"^(?:    |`)(moecompress [^`\n]*)`?$", GROUP.commands[name].help or "", flags=re.MULTILINE)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -60,6 +60,7 @@ def calls(tiny_model: Path, packed_tiny: Path, quick: list[str], text_file: Path
         "export": [packed_tiny, "-o", folder / "dense"],
         "run": [packed_tiny, "--prompt", "The", "-n", 2],
         "report": [packed_tiny, "-o", folder / "report.html"],
+        "route": [packed_tiny, "-o", folder / "routed", "--text", text_file, *small, "--heldout", 1],
         "bench": ["--shape", "64x64:4", "--bits", 4],
     }
 

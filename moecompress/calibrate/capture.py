@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moecompress.model.experts import routers
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -91,19 +93,6 @@ def recording(block: nn.Module, experts: nn.Module, only: bool = False) -> Itera
         del experts.watcher
         for hook in hooks:
             hook.remove()
-
-
-def routers(block: nn.Module, experts: nn.Module) -> list[nn.Module]:
-    """The modules beside the experts that own a weight [E, d]: routers, by structure (at most one)."""
-    found = [
-        module
-        for module in block.modules()
-        if module is not experts
-        and (weight := module._parameters.get("weight")) is not None
-        and weight.ndim == 2
-        and weight.shape[0] == experts.num_experts
-    ]
-    return found[:1]
 
 
 def _logits_hook(recorder: Recorder, experts: int):

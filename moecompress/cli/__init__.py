@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "calibrate": "calibrate",
     "plan": "plan",
     "quantize": "quantize",
+    "route": "route",
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",

@@ -53,7 +53,7 @@ def describe(model: str, trust_remote_code: bool = False) -> dict:
     from moecompress.allocate.candidates import Candidate
     from moecompress.model.checkpoint import resolve
     from moecompress.model.walk import OpenModel
-    from moecompress.runtime.loading import prepare
+    from moecompress.runtime.loading import is_packed, prepare
 
     folder = resolve(model)
     opened = OpenModel(folder, None, trust_remote_code, prepare=prepare(folder))
@@ -87,7 +87,7 @@ def describe(model: str, trust_remote_code: bool = False) -> dict:
         "total_bytes": opened.checkpoint.nbytes,
         "bytes_by_role": roles,
         "widths": widths,
-        "compressed": prepare(folder) is not None,
+        "compressed": is_packed(folder),
     }
 
 

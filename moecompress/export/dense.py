@@ -21,8 +21,9 @@ from moecompress.model.skeleton import build_skeleton, load_config, quiet_transf
 from moecompress.model.walk import OpenModel
 from moecompress.pipeline import refuse_target, work_folder
 from moecompress.progress import track
-from moecompress.runtime.loading import prepare, verify_files
+from moecompress.runtime.loading import is_packed, prepare, verify_files
 from moecompress.runtime.packed import PackedExperts, PackedLinear
+from moecompress.runtime.skipping import KEY
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -32,7 +33,7 @@ def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}", expected=", ".join(DTYPES))
     refuse_target(output)
-    if prepare(model) is None:
+    if not is_packed(model):
         raise UserError(f"{model} is not a compressed folder", expected="quant_method moecompress in config.json",
                         remedy="pass a folder made by `moecompress quantize`")  # fmt: skip
     verify_files(model)
@@ -50,6 +51,7 @@ def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
     write_index(work, shards)
     config = dict(opened.checkpoint.config)
     del config["quantization_config"]
+    config.pop(KEY, None)  # a policy that other tools would not follow
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             section.update({key: dtype for key in ("dtype", "torch_dtype") if key in section})

@@ -92,7 +92,7 @@ def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stac
     """
     ignored = rehearse(checkpoint.entries, model, loader, moe.values())
     targets = loader.targets(list(checkpoint.entries))
-    top_k = _top_k(model)
+    top_k = top_k_of(model)
     if top_k is not None and not 0 < top_k <= min(layer.layout.experts for layer in moe.values()):
         raise UserError("config.json asks for an impossible number of experts per token", expected="1 to "
                         f"{min(layer.layout.experts for layer in moe.values())}", got=top_k, remedy="download config.json again")  # fmt: skip
@@ -224,7 +224,8 @@ def _misfit(target: str, expected: tuple[int, ...], got: tuple[int, ...] | None,
                      remedy="config.json and weights disagree: get both from one source")  # fmt: skip
 
 
-def _top_k(model: PreTrainedModel) -> int | None:
+def top_k_of(model: nn.Module) -> int | None:
+    """Experts per token, as the config says; None if it has no name for it that we know."""
     config = model.config.get_text_config()
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_per_token"):
         value = getattr(config, name, None)

@@ -6,11 +6,14 @@ transformers' `use_experts_implementation` sets on every experts module say whic
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from moecompress.errors import UserError
 
 #: Sentinel for "not part of any experts module".
 GATE, UP, DOWN = "gate", "up", "down"
@@ -58,6 +61,31 @@ def layout_of(module: nn.Module) -> ExpertsLayout:
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if is_experts(module))
+
+
+def routers(block: nn.Module, experts: nn.Module) -> list[nn.Module]:
+    """The modules beside the experts that own a weight [E, d]: routers, by structure (at most one)."""
+    found = [
+        module
+        for module in block.modules()
+        if module is not experts
+        and (weight := module._parameters.get("weight")) is not None
+        and weight.ndim == 2
+        and weight.shape[0] == experts.num_experts
+    ]
+    return found[:1]
+
+
+def resolve(model: nn.Module, name: str) -> str:
+    """The module's name in this model: the text model of a multimodal checkpoint lacks one step of the path."""
+    parts = name.split(".")
+    for skipped in (None, *range(len(parts))):
+        found = ".".join(part for step, part in enumerate(parts) if step != skipped)
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(found)
+            return found
+    raise UserError(f"config.json names a module {name} that the model does not have",
+                    remedy="config.json was changed or belongs to another model: copy the folder again")  # fmt: skip
 
 
 def projections(module: nn.Module, layout: ExpertsLayout) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,13 @@ from transformers import PreTrainedModel
 from moecompress.errors import UserError
 from moecompress.model.anatomy import rehearse
 from moecompress.model.checkpoint import read_config, read_header, sha256_file
+from moecompress.model.experts import resolve
 from moecompress.model.skeleton import Loader
 from moecompress.pack.scheme import Scheme
 from moecompress.runtime import seam
 from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
 from moecompress.runtime.registration import METHOD, MoecompressConfig
+from moecompress.runtime.skipping import apply, read_policy
 
 RECORDS = "moecompress"  # folder inside the checkpoint: manifest, plan, recipe
 
@@ -40,7 +41,7 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
     dtype = getattr(torch, config.dtype)
     model.config._is_quantized = True  # as in from_pretrained: Jamba rounds differently then
     for name, contents in config.experts.items():
-        name = _resolve(model, name)
+        name = resolve(model, name)
         module: Any = model.get_submodule(name)
         pack_experts_in_place(module, contents, dtype)
         # Some families initialise the experts from the block around them, and would miss the weights that went.
@@ -48,19 +49,32 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
         module.config._experts_implementation = seam.NAME
     for scheme, names in config.linears.items():
         for name in names:
-            name = _resolve(model, name)
+            name = resolve(model, name)
             old: Any = model.get_submodule(name)
             new = PackedLinear(Scheme.parse(scheme), old.out_features, old.in_features, old.bias is not None, dtype)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
 
 
-def prepare(folder: Path) -> Callable[[PreTrainedModel], None] | None:
-    """For `OpenModel`: what to do to the skeleton of this folder (None: it is not compressed)."""
-    settings = read_config(folder).get("quantization_config") or {}
-    if settings.get("quant_method") != METHOD:
+def is_packed(folder: Path) -> bool:
+    return (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def prepare(folder: Path, skipping: bool = True) -> Callable[[PreTrainedModel], None] | None:
+    """For `OpenModel`: what to do to the skeleton of this folder (None: nothing; the checkpoint is an ordinary one).
+    ``skipping`` False: wake all chosen experts, whatever policy the folder has."""
+    settings, policy = read_config(folder).get("quantization_config") or {}, read_policy(folder) if skipping else None
+    packed = is_packed(folder)
+    if not packed and (settings or policy is None):
         return None
-    return lambda model: install(model, MoecompressConfig(**settings))
+
+    def change(model: PreTrainedModel) -> None:
+        if packed:
+            install(model, MoecompressConfig(**settings))
+        if policy is not None:
+            apply(model, policy)
+
+    return change
 
 
 def load(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -71,19 +85,10 @@ def load(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: boo
 
     with quiet_transformers():
         found = architecture(load_config(folder, trust_remote_code)) or AutoModelForCausalLM
-        return found.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-
-
-def _resolve(model: nn.Module, name: str) -> str:
-    """The module's name in this model: the text model of a multimodal checkpoint lacks one step of the path."""
-    parts = name.split(".")
-    for skipped in (None, *range(len(parts))):
-        found = ".".join(part for step, part in enumerate(parts) if step != skipped)
-        with contextlib.suppress(AttributeError):
-            model.get_submodule(found)
-            return found
-    raise UserError(f"config.json names a packed module {name} that the model does not have",
-                    remedy="config.json was changed or belongs to another model: copy the folder again")  # fmt: skip
+        model = found.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    if not is_packed(folder) and (policy := read_policy(folder)) is not None:  # packed: from_pretrained applied it
+        apply(model, policy)
+    return model
 
 
 def verify_files(folder: Path) -> None:

@@ -55,8 +55,10 @@ class MoecompressQuantizer(HfQuantizer):
         from moecompress.runtime import loading
 
         loading.install(model, self.quantization_config)
-        loading.check_files(model, [Path(file) for file in kwargs.get("checkpoint_files") or []],
-                            self.quantization_config.verify)  # fmt: skip
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
+        loading.check_files(model, files, self.quantization_config.verify)
+        # From the file: the config of a multimodal checkpoint's text model lacks what stands beside its sections.
+        self.policy = loading.read_policy(files[0].parent) if files else None
 
     def get_new_dtype(self, converter, param, dtype):
         """What is packed stays in the dtype of the format, also where a family wants names like ours in float32."""
@@ -73,6 +75,10 @@ class MoecompressQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 module.check(name)
+        if self.policy is not None:
+            from moecompress.runtime.skipping import apply
+
+            apply(model, self.policy)
         return model
 
     def is_serializable(self) -> bool:

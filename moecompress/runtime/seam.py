@@ -1,4 +1,5 @@
-"""The one seam to transformers: an experts implementation that shows what experts are given and runs packed ones."""
+"""The one seam to transformers: an experts implementation that shows what experts are given, skips some and runs
+packed ones."""
 
 from __future__ import annotations
 
@@ -19,14 +20,35 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
     watcher = getattr(self, "watcher", None)
     if watcher is not None:
         watcher(hidden_states, top_k_index, top_k_weights)
-    packed = getattr(self, "packed", None)
+    skipping = getattr(self, "skipping", None)
+    if skipping is None:
+        return compute(self, hidden_states, top_k_index, top_k_weights)
+    return compute_left(self, hidden_states, *skipping(top_k_index, top_k_weights))
+
+
+def compute(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    packed = getattr(module, "packed", None)
     if isinstance(packed, PackedExperts):
-        return packed.forward_for(self, hidden_states, top_k_index, top_k_weights)
-    if watcher is not None and crowded(top_k_index, self.num_experts):
-        layout = layout_of(self)
-        stored = projections(self, layout)
-        return by_expert(self, layout, lambda name, expert, x: x @ stored[name][expert].T, hidden_states, top_k_index, top_k_weights)
-    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return packed.forward_for(module, hidden, chosen, weights)
+    if hasattr(module, "watcher") and crowded(chosen, module.num_experts):
+        layout = layout_of(module)
+        stored = projections(module, layout)
+        return by_expert(module, layout, lambda name, expert, x: x @ stored[name][expert].T, hidden, chosen, weights)
+    return grouped_mm_experts_forward(module, hidden, chosen, weights)
+
+
+def compute_left(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same where ``chosen`` has −1 for skipped experts: only the pairs that are left enter any product."""
+    tokens, top_k = chosen.shape
+    left = (chosen.reshape(-1) >= 0).nonzero().squeeze(1)  # [S]
+    if len(left) == chosen.numel():
+        return compute(module, hidden, chosen, weights)
+    if len(left) == 0:
+        return torch.zeros_like(hidden)
+    alone = hidden.new_ones(len(left), 1)  # each pair is a token with one expert; weights come after, as with all pairs
+    y = compute(module, hidden[left // top_k], chosen.reshape(-1, 1)[left], alone)
+    y = y * weights.reshape(-1, 1)[left]
+    return y.new_zeros(tokens * top_k, y.shape[1]).index_copy(0, left, y).view(tokens, top_k, -1).sum(1).to(hidden.dtype)
 
 
 def register() -> None:

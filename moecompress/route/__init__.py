@@ -1,0 +1,7 @@
+"""Waking fewer experts: tune a policy on text, measure what it costs, write it into a checkpoint, apply it to a model."""
+
+from __future__ import annotations
+
+from moecompress.runtime.skipping import POLICIES, Policy, apply, remove
+
+__all__ = ["POLICIES", "Policy", "apply", "remove"]
