@@ -45,7 +45,7 @@ from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
 #: Memory for the Hessians and working copies of a chunk of experts, as a share of the largest layer; and at least.
-WORKSPACE_SHARE, WORKSPACE_LEAST = 0.25, 64 * 1024**2
+WORKSPACE_SHARE, WORKSPACE_LEAST = 0.125, 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,9 @@ class Job:
     @property
     def calibration(self) -> Calibration:
         used, _ = split_heldout(self.tokens, self.recipe.calibration.heldout)
-        largest = max(
-            sum(tensor.nbytes for tensor in self.opened.anatomy.of_layer(layer))
-            for layer in range(self.opened.anatomy.num_layers)
-        )
+        workspace = max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * self.opened.anatomy.largest_layer))
         return Calibration(used.ids, used.mask, self.recipe.compute.micro_batch, self.recipe.quantize.hessian,
-                           self.recipe.quantize.shrink, max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * largest)), self.text)  # fmt: skip
+                           self.recipe.quantize.shrink, workspace, self.text)  # fmt: skip
 
     @property
     def settings(self) -> Settings:

@@ -68,6 +68,14 @@ class Anatomy:
     def of_layer(self, layer: int | None) -> list[TensorInfo]:
         return [tensor for tensor in self.tensors if tensor.layer == layer]
 
+    @property
+    def largest_layer(self) -> int:
+        """Stored bytes of the largest decoder layer."""
+        sizes: Counter[int | None] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.layer] += tensor.nbytes
+        return max(size for layer, size in sizes.items() if layer is not None)
+
     def bytes_by_role(self) -> dict[str, int]:
         total: Counter[str] = Counter()
         for tensor in self.tensors:

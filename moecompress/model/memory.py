@@ -1,8 +1,9 @@
 """Freed memory goes back to the system, so that a run over many layers needs no more than its largest layer.
 
-glibc serves blocks of up to 32 MB from heaps that it hardly ever shrinks: after a few layers of tensors of all sizes
-such heaps hold several layers' worth of holes. With a fixed threshold every large block is a mapping of its own, gone
-when freed.
+glibc serves blocks of up to 32 MB from heaps that it hardly ever shrinks, and torch asks for aligned blocks, which leave holes
+that glibc does not use again: after a few layers such heaps hold several layers' worth of holes. With a fixed, low threshold
+every large block is a mapping of its own, gone when freed. Its pages must be zeroed each time, which costs a small model
+half of its speed; so a model of small layers keeps the heap, and its holes, which are small then.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ import sys
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-#: Blocks from this size on are mapped. Smaller ones are too many to map; their holes are reused.
-LARGE = 32 * 1024**2
+#: Size of a decoder layer from which memory matters more than the time to zero pages.
+BIG_LAYER = 128 * 1024**2
+#: For big layers, blocks from the first size on are mapped. For small ones from the second, and the third stays in the heap.
+MAPPED, MAPPED_SMALL, KEPT_SMALL = 256 * 1024, 32 * 1024**2, 512 * 1024**2
 
 
-def map_large_blocks() -> None:
+def arrange_heap(layer_bytes: int) -> None:
     """For the whole process, from now on. Other C libraries than glibc do something like it on their own."""
     call = _glibc("mallopt")
-    if call is not None:
-        call(_M_MMAP_THRESHOLD, LARGE)
-        call(_M_TRIM_THRESHOLD, 512 * 1024**2)
+    if call is not None and layer_bytes >= BIG_LAYER:
+        call(_M_MMAP_THRESHOLD, MAPPED)
+    elif call is not None:
+        call(_M_MMAP_THRESHOLD, MAPPED_SMALL)
+        call(_M_TRIM_THRESHOLD, KEPT_SMALL)
 
 
 def trim() -> None:

@@ -32,7 +32,7 @@ from moecompress.model.anatomy import (
     refuse_quantized,
 )
 from moecompress.model.checkpoint import Checkpoint, read_entry, read_header, write_shard, write_text
-from moecompress.model.memory import map_large_blocks, trim
+from moecompress.model.memory import arrange_heap, trim
 from moecompress.model.skeleton import Loader, build_skeleton, load_config, release
 
 
@@ -162,7 +162,7 @@ class Walk:
         self._behind = False  # has a micro-batch passed the last layer?
 
     def __enter__(self) -> Walk:
-        map_large_blocks()
+        arrange_heap(opened.anatomy.largest_layer)
         self._hub = getcurrent()
         for index, layer in enumerate(self.opened.layers):
             layer.forward = self._pause(index)
