@@ -162,7 +162,7 @@ class Walk:
         self._behind = False  # has a micro-batch passed the last layer?
 
     def __enter__(self) -> Walk:
-        arrange_heap(opened.anatomy.largest_layer)
+        arrange_heap(self.opened.anatomy.largest_layer)
         self._hub = getcurrent()
         for index, layer in enumerate(self.opened.layers):
             layer.forward = self._pause(index)
