@@ -60,12 +60,15 @@ def factor(hessian: torch.Tensor, damping: float, names: list[str], allow_fallba
 
 
 def _factor_one(hessian: torch.Tensor, mean: float, damping: float) -> torch.Tensor | None:
+    """One factorisation and one triangular inverse: H = V Vᵀ with V upper (the Cholesky factor seen from the last column),
+    so H⁻¹ = UᵀU with U = V⁻¹."""
+    identity = torch.eye(len(hessian))
     for attempt in range(DAMPING_TRIES):
-        damped = hessian + torch.eye(len(hessian)) * (mean * damping * 10**attempt)
+        damped = (hessian + identity * (mean * damping * 10**attempt)).flip(0, 1)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and torch.isfinite(upper).all():
+        upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        if torch.isfinite(upper).all():
             return upper
     return None

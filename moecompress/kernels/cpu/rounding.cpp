@@ -4,38 +4,18 @@
 // pool. Columns are processed in blocks: inside a block every column updates the rest of the block, and after it one
 // rank-BLOCK update of the columns behind runs from registers. The plain-torch version of every function here is in
 // quantize/gptq.py and quantize/grid.py; the tests hold the two together.
+#include "pool.h"
+
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 
 namespace {
 
 constexpr int kInterface = 2;
 constexpr int64_t kRows = 8;    // rows of a task: they share every row of the matrix that is streamed
 constexpr int64_t kBlock = 32;  // columns between two updates of everything behind them
-constexpr int64_t kLane = 16;   // floats of a vector
-
-enum Status { kGood = 0, kBadSize = 1, kNoMemory = 2, kBadOrder = 3 };
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FAST
-#endif
-#define INLINE inline __attribute__((always_inline))
-
-typedef float Vector __attribute__((vector_size(64), aligned(4)));
-
-INLINE Vector load(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-INLINE void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 
 struct Feedback {
   const float* values;    // [n, rows, cols] weights (round) or pulls (descend), in the order of processing
@@ -295,37 +275,6 @@ void refit_row(const Refit& f, int64_t row, double* left, const double* right, d
   if (!(scale_error(left, right, fresh, g) < scale_error(left, right, now, g))) return;
   f.steps[row] = step;
   for (int64_t i = 0; factors && i < g; ++i) factors[i] = static_cast<uint8_t>(std::nearbyint(fresh[i] / step));
-}
-
-struct Pool {
-  std::atomic<int64_t> next{0};
-  std::atomic<int> status{kGood};
-  int64_t tasks = 0;
-  void (*run)(const void* job, int64_t task, float* scratch) = nullptr;
-  const void* job = nullptr;
-  int64_t scratch_floats = 0;
-};
-
-void work_through(void* argument) {
-  Pool& pool = *static_cast<Pool*>(argument);
-  std::unique_ptr<float[]> scratch(new (std::nothrow) float[pool.scratch_floats]);
-  if (!scratch) {
-    pool.status = kNoMemory;
-    return;
-  }
-  std::fill(scratch.get(), scratch.get() + pool.scratch_floats, 0.0f);
-  for (int64_t task; (task = pool.next++) < pool.tasks;) pool.run(pool.job, task, scratch.get());
-}
-
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-int spread(Pool& pool, Parallel parallel, int threads) {
-  if (parallel != nullptr && threads > 1) {
-    parallel(work_through, &pool, static_cast<unsigned>(threads), 0);
-  } else {
-    work_through(&pool);
-  }
-  return pool.status;
 }
 
 void feedback_task(const void* job, int64_t task, float* scratch) {

@@ -1,0 +1,114 @@
+"""Format ``trellis``: tiles of 16 × 16 weights as circular bit streams through a shared table (SPEC.md, section 9).
+
+A pair of pure functions, `pack` and `dequantize`, and the sizes they imply. Nothing here searches for a stream; that is
+kernels/trellis.py. The code is QTIP's bitshift trellis (arXiv:2406.11235) with windows of 12 bits and a small int8 table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moecompress.errors import UserError
+
+WINDOW = 12
+TILE = 16  # rows and columns
+#: rate in bits a weight -> (bits, values) of a step
+RATES: dict[float, tuple[int, int]] = {0.5: (1, 2), 0.75: (3, 4), 1: (2, 2), 1.25: (5, 4), 1.5: (3, 2), 2: (4, 2), 2.5: (5, 2),
+                                       3: (3, 1), 4: (4, 1)}  # fmt: skip
+TABLE_STEP = 1 / 32  # value of one in the table
+
+
+@dataclass(frozen=True)
+class TrellisBank:
+    """n matrices of one shape and one rate."""
+
+    stream: Tensor  # uint8 (n, tiles, 32 · rate)
+    scales: Tensor  # float32 (n,)
+    rate: float
+    rows: int
+    cols: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"stream": self.stream, "scales": self.scales}
+
+
+def tiles(rows: int, cols: int) -> tuple[int, int]:
+    """Tiles down and across: both sides are padded to multiples of 16."""
+    return -(-rows // TILE), -(-cols // TILE)
+
+
+def stored_bytes(rows: int, cols: int, rate: float) -> int:
+    """Exact bytes of one matrix in a bank, without the table that all matrices of a model share."""
+    down, across = tiles(rows, cols)
+    return down * across * int(TILE * TILE * rate) // 8 + 4
+
+
+@cache
+def table(values: int) -> Tensor:
+    """int8 (4096, V): normally distributed, in units of 1/32, rows numbered by windows whose newest bit is the lowest.
+
+    From a counter and integer arithmetic, so every machine makes the same; it is stored in the checkpoint all the same.
+    """
+    count = 2**WINDOW * values
+    x = torch.arange(1, count + 1, dtype=torch.int64)
+    for factor in (0x45D9F3B, 0x45D9F3B):  # two rounds of multiply and fold spread consecutive numbers over 32 bits
+        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    order = torch.argsort(x, stable=True)
+    # The quantiles of the normal distribution, each once, in an order that looks random.
+    quantile = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    found = torch.empty(count, dtype=torch.float64)
+    found[order] = quantile
+    return (found / TABLE_STEP).round().clamp(-127, 127).to(torch.int8).view(2**WINDOW, values)
+
+
+def to_tiles(weights: Tensor) -> Tensor:
+    """(n, rows, cols) -> (n, tiles, 256), tiles row by row, weights row by row inside a tile; padded with zeros."""
+    down, across = tiles(*weights.shape[1:])
+    padded = torch.nn.functional.pad(weights, (0, across * TILE - weights.shape[2], 0, down * TILE - weights.shape[1]))
+    return padded.unflatten(2, (across, TILE)).unflatten(1, (down, TILE)).transpose(2, 3).reshape(len(weights), -1, TILE * TILE)
+
+
+def from_tiles(values: Tensor, rows: int, cols: int) -> Tensor:
+    """The inverse of `to_tiles`."""
+    down, across = tiles(rows, cols)
+    grid = values.view(-1, down, across, TILE, TILE).transpose(2, 3)
+    return grid.reshape(-1, down * TILE, across * TILE)[:, :rows, :cols]
+
+
+def windows(stream: Tensor, bits: int) -> Tensor:
+    """uint8 (..., bytes) -> int64 (..., steps): the 12 bits of the circular stream that end with each step's newest bit.
+
+    Bit i of the stream is bit i % 8 of byte i // 8; the newest bit is the lowest of a window.
+    """
+    spread = (stream.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    line = spread.flatten(-2).long()  # (..., bits of the tile)
+    ends = torch.arange(bits, line.shape[-1] + 1, bits)
+    at = (ends[:, None] - WINDOW + torch.arange(WINDOW)) % line.shape[-1]
+    return (line[..., at] << torch.arange(WINDOW - 1, -1, -1)).sum(-1)
+
+
+def dequantize(bank: TrellisBank, codebook: Tensor) -> Tensor:
+    """float32 (n, rows, cols) before any rotation is undone; ``codebook``: int8 (4096, V)."""
+    check(bank, codebook)
+    bits, _ = RATES[bank.rate]
+    values = codebook[windows(bank.stream, bits)].flatten(-2).float() * TABLE_STEP
+    return from_tiles(values, bank.rows, bank.cols) * bank.scales[:, None, None]
+
+
+def check(bank: TrellisBank, codebook: Tensor) -> None:
+    """Raise UserError, naming the tensor, unless every tensor has the shape and dtype that the format demands."""
+    if bank.rate not in RATES:
+        raise UserError(f"the format trellis has no rate {bank.rate}", expected=f"one of {sorted(RATES)}", got=bank.rate)
+    _, values = RATES[bank.rate]
+    down, across = tiles(bank.rows, bank.cols)
+    size = (len(bank.scales), down * across, int(TILE * TILE * bank.rate) // 8)
+    for name, tensor, dtype, shape in (("stream", bank.stream, torch.uint8, size), ("scales", bank.scales, torch.float32, size[:1]),
+                                       ("table", codebook, torch.int8, (2**WINDOW, values))):  # fmt: skip
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise UserError(f"packed tensor '{name}' does not fit the format", expected=f"{dtype} {shape}",
+                            got=f"{tensor.dtype} {tuple(tensor.shape)}", remedy="copy or compress the checkpoint again")  # fmt: skip
