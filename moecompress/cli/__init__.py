@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "calibrate": "calibrate",
     "plan": "plan",
     "quantize": "quantize",
+    "prune": "prune",
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",
