@@ -6,7 +6,9 @@ Both are found by trying on the meta device, so no family needs a table of ours.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,11 @@ from moecompress.runtime import seam
 
 @dataclass(frozen=True)
 class Smaller:
-    """config: of the checkpoint to write. model: its skeleton, without weights. keys: what was changed in the config.
+    """model: the skeleton, without weights. keys: what was changed in the config.
 
     axes: parameter or buffer -> the axis on which it has one slice an expert.
     """
 
-    config: dict[str, Any]
     model: PreTrainedModel
     keys: list[str]
     axes: dict[str, int]
@@ -64,26 +65,28 @@ def refuse_count(opened: OpenModel, count: int) -> None:
 
 
 def shrink(opened: OpenModel, count: int, folder: Path, trust_remote_code: bool = False) -> Smaller:
-    """Find the config with ``count`` experts a layer, and write it and the checkpoint's other small files to ``folder``."""
+    """Find the config with ``count`` experts a layer; it and the checkpoint's other small files are written to ``folder``."""
     _refuse_tables(opened)
-    keys = [key for key in _candidates(opened) if _decides(opened, key, count, trust_remote_code)]
-    if not keys:
-        raise UserError("No number in config.json decides how many experts there are", got=f"{experts_of(opened)} experts",
-                        remedy="this architecture is not supported yet")  # fmt: skip
-    config = dict(opened.checkpoint.config)
-    for key in [*keys, *_aliases(opened, keys)]:
-        config = _with(config, key, count)
     folder.mkdir(parents=True, exist_ok=True)
     for path in opened.checkpoint.folder.iterdir():
         if path.is_file() and COMPANIONS.match(path.name):
             (folder / path.name).write_bytes(path.read_bytes())
-    write_text(folder / "config.json", json.dumps(config, indent=2))
-    loaded = load_config(folder, trust_remote_code)
-    loaded.dtype = loaded.get_text_config().dtype = opened.dtype
-    model = build_skeleton(loaded, trust_remote_code)
+
+    def build(keys: list[str]) -> PreTrainedModel:
+        config = reduce(lambda done, key: _with(done, key, count), keys, opened.checkpoint.config)
+        write_text(folder / "config.json", json.dumps(config, indent=2))
+        loaded = load_config(folder, trust_remote_code)
+        loaded.dtype = loaded.get_text_config().dtype = opened.dtype
+        return build_skeleton(loaded, trust_remote_code)
+
+    keys = [key for key in _candidates(opened) if _decides(opened, count, partial(build, [key]))]
+    if not keys:
+        raise UserError("No number in config.json decides how many experts there are", got=f"{experts_of(opened)} experts",
+                        remedy="this architecture is not supported yet")  # fmt: skip
+    model = build([*keys, *_aliases(opened, keys)])
     for _, experts in find_experts(model):
         experts.config._experts_implementation = seam.NAME
-    return Smaller(config, model, keys, _axes(opened, model, count))
+    return Smaller(model, keys, _axes(opened, model, count))
 
 
 # --- the config -----------------------------------------------------------------------------------------------------
@@ -111,16 +114,14 @@ def _with(config: dict[str, Any], key: str, count: int) -> dict[str, Any]:
     return config | {name: [count] * len(old) if isinstance(old, list) else count}
 
 
-def _decides(opened: OpenModel, key: str, count: int, trust_remote_code: bool) -> bool:
-    """Does changing ``key`` alone change the number of experts of every layer, and nothing else about them?"""
-    wanted = {m.module: (count, m.layout.hidden, m.layout.width) for m in opened.anatomy.moe.values()}
+def _decides(opened: OpenModel, count: int, build: Callable[[], PreTrainedModel]) -> bool:
+    """Does a change of the config change the number of experts of every layer, and nothing else about them?"""
+    wanted = {m.module: replace(m.layout, experts=count) for m in opened.anatomy.moe.values()}
     try:
-        config = type(opened.config).from_dict(_with(opened.checkpoint.config, key, count))
-        model = build_skeleton(config, trust_remote_code)
-    except Exception:  # a number of something else, that happens to be equal: heads, layers, a token
+        model = build()
+    except UserError:  # a number of something else, that happens to be equal: heads, layers, a token
         return False
-    layouts = {name: layout_of(module) for name, module in find_experts(model) if name in wanted}
-    return {name: (lay.experts, lay.hidden, lay.width) for name, lay in layouts.items()} == wanted
+    return {name: layout_of(module) for name, module in find_experts(model) if name in wanted} == wanted
 
 
 def _aliases(opened: OpenModel, keys: list[str]) -> list[str]:

@@ -108,7 +108,7 @@ def _transform_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Cali
     if moe is not None:
         capture = capture_layer(walk, moe, calibration)
         module = opened.model.get_submodule(moe.module)
-        biases = [t for name, t in _of_layer(opened, smaller, layer).items() if t.shape == (moe.layout.experts,)]
+        biases = [t.flatten() for t in _of_layer(opened, smaller, layer).values() if t.numel() == moe.layout.experts]
         scene = Scene(module, moe.layout, capture, request.count, request.protected_in(layer), biases, groups_of(opened),
                       request.seed + layer, calibration.workspace_bytes)  # fmt: skip
         regrouping = METHODS[request.method](scene)
