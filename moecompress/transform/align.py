@@ -41,5 +41,5 @@ def by_activations(weights: Mapping[str, torch.Tensor], inner: torch.Tensor, ref
 
 def assign(gain: torch.Tensor) -> torch.Tensor:
     """The column of each row, each once, with the largest sum of ``gain`` [m, m]."""
-    _, columns = linear_sum_assignment(gain.double().numpy(), maximize=True)
+    _, columns = linear_sum_assignment(gain.detach().double().numpy(), maximize=True)
     return torch.from_numpy(columns).long()
