@@ -106,8 +106,11 @@ def test_naee_is_the_best_of_all_subsets(outputs_and_logits, count: int, protect
     assert kept == [e for e in range(E) if e not in wanted]
 
 
-def test_naee_goes_backward_greedily_when_subsets_are_many(outputs_and_logits) -> None:
-    made, logits = outputs_and_logits
+@pytest.mark.parametrize("seed", range(6))
+def test_naee_goes_backward_greedily_when_subsets_are_many(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    made = torch.randn(E, T, D, generator=g)
+    logits = torch.randn(T, E, generator=g) + torch.randn(E, generator=g)
     kept = drop.naee(made, logits, Combine("softmax", True), K, 3, most_subsets=0)
     gone: tuple[int, ...] = ()
     for _ in range(3):
@@ -128,6 +131,18 @@ def test_the_rule_of_a_router_is_found(routed_tokens: Capture, rule: Combine) ->
     found = find_combine(Capture(routed_tokens.hidden, chosen, weights, routed_tokens.keep, logits), biases)
     assert (found.score, found.normalise, found.bias is rule.bias) == (rule.score, rule.normalise, True)
     assert found.scale == pytest.approx(rule.scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Combine("softmax", True), Combine("softmax", False), Combine("sigmoid", True, 2.5),
+                                  Combine("sigmoid", False, 1.0, torch.tensor([0.1, 9.0, 0.0, 0.3, 8.0, 0.2]))])  # fmt: skip
+def test_routing_without_experts_is_routing_among_the_others(rule: Combine) -> None:
+    logits = torch.randn(T, E, generator=generator())
+    kept = [0, 2, 3, 5]
+    chosen, weights = rule(logits, K, without=[1, 4])
+    bias = None if rule.bias is None else rule.bias[kept]
+    among, wanted = Combine(rule.score, rule.normalise, rule.scale, bias)(logits[:, kept], K)
+    assert torch.equal(chosen, torch.tensor(kept)[among])
+    assert torch.allclose(weights, wanted)
 
 
 def test_an_unknown_rule_is_refused(routed_tokens: Capture) -> None:
