@@ -11,7 +11,7 @@ import torch
 from moecompress.transform.routing import Combine
 
 #: Above this many subsets, NAEE goes backward one expert at a time.
-MOST_SUBSETS = 5000
+MOST_SUBSETS = 2000
 
 
 def best(scores: torch.Tensor, count: int, protected: Sequence[int] = (), groups: int = 1) -> list[int]:
@@ -27,12 +27,6 @@ def best(scores: torch.Tensor, count: int, protected: Sequence[int] = (), groups
     return sorted((order + size * torch.arange(groups)[:, None]).flatten().tolist())
 
 
-def mixed(outputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Σ over the chosen of weight · output. outputs [E, T, d], chosen and weights [T, k] -> [T, d]."""
-    rows = torch.arange(outputs.shape[1])[:, None]
-    return torch.einsum("tk,tkd->td", weights.float(), outputs[chosen, rows].float())
-
-
 def naee(outputs: torch.Tensor, logits: torch.Tensor, combine: Combine, k: int, count: int,
          protected: Sequence[int] = (), most_subsets: int = MOST_SUBSETS) -> list[int]:  # fmt: skip
     """The ``count`` experts to keep so that ‖F' − F‖_F of the block is least (NAEE, arXiv:2402.14800, eq. 4), ascending.
@@ -42,34 +36,44 @@ def naee(outputs: torch.Tensor, logits: torch.Tensor, combine: Combine, k: int, 
     """
     experts = len(outputs)
     loose = [e for e in range(experts) if e not in set(protected)]
-    whole = mixed(outputs, *combine(logits, k))
+    search = _Search(outputs, logits, combine, k)
     if comb(len(loose), experts - count) <= most_subsets:
-        gone = min(combinations(loose, experts - count), key=lambda s: _error(outputs, logits, combine, k, s, whole))
+        gone = min(combinations(loose, experts - count), key=lambda gone: float(search.error(gone).sum()))
     else:
-        gone = _backward(outputs, logits, combine, k, experts - count, loose, whole)
-    return [e for e in range(experts) if e not in set(gone)]
+        gone = search.backward(loose, experts - count)
+    return [e for e in range(experts) if e not in gone]
 
 
-def _error(outputs: torch.Tensor, logits: torch.Tensor, combine: Combine, k: int, gone: Sequence[int],
-           whole: torch.Tensor) -> float:  # fmt: skip
-    return float((mixed(outputs, *combine(logits, k, gone)) - whole).double().square().sum())
+class _Search:
+    """Squared errors of the block's output, token by token, without some experts. Arguments as of `naee`."""
 
+    def __init__(self, outputs: torch.Tensor, logits: torch.Tensor, combine: Combine, k: int):
+        self.outputs, self.logits, self.combine, self.k = outputs, logits, combine, k
+        self.tokens = torch.arange(outputs.shape[1])
+        self.chosen, _ = combine(logits, k)
+        self.whole = self._mixed((), self.tokens)
 
-def _backward(outputs: torch.Tensor, logits: torch.Tensor, combine: Combine, k: int, drop: int, loose: list[int],
-              whole: torch.Tensor) -> tuple[int, ...]:  # fmt: skip
-    """Leave out, ``drop`` times, the expert whose absence costs least. Only its own tokens have to be routed again."""
-    gone: tuple[int, ...] = ()
-    for _ in range(drop):
-        chosen, weights = combine(logits, k, gone)
-        error = (mixed(outputs, chosen, weights) - whole).double().square().sum(-1)  # (T,)
-        best_cost, best_expert = float("inf"), -1
-        for expert in loose:
-            if expert in gone:
-                continue
-            tokens = (chosen == expert).any(-1).nonzero().flatten()
-            again = _error(outputs[:, tokens], logits[tokens], combine, k, (*gone, expert), whole[tokens])
-            cost = again - float(error[tokens].sum())
-            if cost < best_cost:
-                best_cost, best_expert = cost, expert
-        gone = (*gone, best_expert)
-    return gone
+    def _mixed(self, gone: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Σ over the chosen of weight · output, of the experts that are not ``gone``, for the rows ``tokens``."""
+        chosen, weights = self.combine(self.logits[tokens], self.k, gone)
+        return torch.einsum("tk,tkd->td", weights.float(), self.outputs[chosen, tokens[:, None]].float())
+
+    def error(self, gone: Sequence[int]) -> torch.Tensor:
+        """float64 [T]. Only tokens that had chosen an expert that is gone are computed: others keep their output."""
+        hit = torch.isin(self.chosen, torch.tensor(gone, dtype=torch.long)).any(-1).nonzero().flatten()
+        error = torch.zeros(len(self.tokens), dtype=torch.float64)
+        error[hit] = (self._mixed(gone, hit) - self.whole[hit]).double().square().sum(-1)
+        return error
+
+    def backward(self, loose: Sequence[int], drop: int) -> tuple[int, ...]:
+        """Leave out, ``drop`` times, the expert whose absence costs least."""
+        gone: tuple[int, ...] = ()
+        for _ in range(drop):
+            error, (chosen, _weights) = self.error(gone), self.combine(self.logits, self.k, gone)
+            cost = {}
+            for expert in set(loose) - set(gone):
+                own = (chosen == expert).any(-1).nonzero().flatten()  # only these are routed otherwise
+                again = (self._mixed((*gone, expert), own) - self.whole[own]).double().square().sum()
+                cost[expert] = float(again - error[own].sum())
+            gone = (*gone, min(sorted(cost), key=cost.__getitem__))
+        return gone
