@@ -41,6 +41,7 @@ from moecompress.recipe import Recipe
 from moecompress.runtime.loading import prepare, verify_files
 from moecompress.runtime.packed import bank_tensors
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
+from moecompress.transform.stage import Request, transform
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
@@ -212,21 +213,61 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     weights = opened.anatomy.expert_weights
     stored = expert_bytes(shards)
     return {
-        "model": {"model_type": opened.anatomy.model_type, "architecture": opened.anatomy.architecture,
-                  "fingerprint": opened.checkpoint.config.get("_name_or_path") or job.folder.name},
+        **_identity(job),
         "input_bytes": opened.checkpoint.nbytes,
         "total_bytes": sum(shard.stat().st_size for shard in shards),
         "expert_bytes": stored,
         "expert_weights": weights,
         "bits_per_weight": 8 * stored / weights,
         "target": job.recipe.target.model_dump(mode="json"),
-        "calibration": {"text": job.text, "tokens": int(job.calibration.mask.sum()), "fingerprint": job.tokens.fingerprint},
-        "compute_dtype": str(job.opened.dtype).removeprefix("torch."),
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in statistics.unreached()],
         "fallbacks": done["fallbacks"],
         "errors": done["errors"],
         "schemes": done["schemes"],
         "tensors": fates(opened.anatomy, done["schemes"]),
+    }  # fmt: skip
+
+
+def prune(job: Job, request: Request, out: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Drop or merge experts of ``job``'s model; ``out``, an ordinary checkpoint, appears only when it is complete and verified.
+
+    Returns its manifest. Of the recipe, calibration and compute count.
+    """
+    refuse_target(out)
+    work = work_folder(out)
+    open_work(work, hashlib.sha256(f"{job.fingerprint()} {request}".encode()).hexdigest(), fresh)
+    reference = trace(job.open(), job.heldout, "original on held-out text")
+    ready = work / "out"
+    done = transform(job.open(), job.calibration, request, Work(ready, work / "state"), job.trust_remote_code)
+    smaller = OpenModel(ready, job.opened.dtype, job.trust_remote_code)
+    measured = compare(smaller, job.heldout, reference, "pruned on held-out text").summary()
+    for key in [key for key in measured if key.startswith("router_agreement")]:
+        del measured[key]  # experts have new numbers
+    (ready / FOLDER).mkdir(exist_ok=True)
+    manifest = {
+        **_identity(job),
+        "input_bytes": job.opened.checkpoint.nbytes,
+        "total_bytes": sum(shard.stat().st_size for shard in ready.glob("*.safetensors")),
+        "method": request.method,
+        "keep": request.count,
+        "seed": request.seed,
+        "protected": [f"L{layer:02d}.E{expert:03d}" for layer, expert in request.protected],
+        "heldout": measured,
+        **done,
+    }
+    finish(ready, manifest, out)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What a manifest says about the input."""
+    anatomy = job.opened.anatomy
+    return {
+        "model": {"model_type": anatomy.model_type, "architecture": anatomy.architecture,
+                  "fingerprint": job.opened.checkpoint.config.get("_name_or_path") or job.folder.name},
+        "calibration": {"text": job.text, "tokens": int(job.calibration.mask.sum()), "fingerprint": job.tokens.fingerprint},
+        "compute_dtype": str(job.opened.dtype).removeprefix("torch."),
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "plan": "plan",
     "quantize": "quantize",
     "route": "route",
+    "prune": "prune",
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",

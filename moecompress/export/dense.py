@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import COMPANIONS, write_index, write_shard, write_text
 from moecompress.model.experts import parameters_from
-from moecompress.model.skeleton import build_skeleton, load_config, quiet_transformers
+from moecompress.model.skeleton import build_skeleton, load_config, stored_names
 from moecompress.model.walk import OpenModel
 from moecompress.pipeline import refuse_target, work_folder
 from moecompress.progress import track
@@ -82,23 +80,7 @@ def layer_tensors(opened: OpenModel, plain: PreTrainedModel, layer: int | None, 
     for name, module in opened.layers[layer].named_modules():
         parameters.update(_dequantized(f"{opened.anatomy.stack}.{layer}.{name}", module, dtype, opened))
     opened.release_layer(layer)
-    return tensors | original_names(opened, plain, parameters)
-
-
-def original_names(opened: OpenModel, plain: PreTrainedModel, parameters: dict[str, torch.Tensor]
-                   ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Parameters of modules as the tensors of the original checkpoint: experts taken apart, families' own names.
-
-    transformers would revert only the conversions that loading used, and packed experts used none: tell it all of the
-    family's. A changed prefix is reverted only if it was used: nothing else says whether the original had it.
-    ``plain``: the skeleton without packed modules, because some conversions look at the shapes of its parameters.
-    """
-    own = len(get_model_conversion_mapping(plain, add_legacy=False))
-    plain._weight_conversions = [
-        c for i, c in enumerate(opened.loader.mapping) if c.was_used() or (i < own and not isinstance(c, PrefixChange))
-    ]
-    with quiet_transformers():
-        return revert_weight_conversion(plain, parameters)
+    return tensors | stored_names(opened.loader, plain, parameters)
 
 
 def _dequantized(name: str, module: nn.Module, dtype: torch.dtype, opened: OpenModel) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     Concatenate,
     Interleave,
     MergeModulelist,
+    PrefixChange,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -29,6 +30,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
@@ -197,6 +199,21 @@ class Loader:
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), settings)
         return info
+
+
+def stored_names(loader: Loader, plain: PreTrainedModel, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of modules as the tensors of the checkpoint that ``loader`` read: experts taken apart, families' own names.
+
+    transformers would revert only the conversions that loading used, and packed experts used none: tell it all of the
+    family's. A changed prefix is reverted only if it was used: nothing else says whether the original had it.
+    ``plain``: a skeleton without packed modules, because some conversions look at the shapes of its parameters.
+    """
+    own = len(get_model_conversion_mapping(plain, add_legacy=False))
+    plain._weight_conversions = [
+        c for i, c in enumerate(loader.mapping) if c.was_used() or (i < own and not isinstance(c, PrefixChange))
+    ]
+    with quiet_transformers():
+        return revert_weight_conversion(plain, parameters)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Which experts exist: dropping and merging them before anything is quantized."""

@@ -1,0 +1,37 @@
+"""How much an expert matters, by what it does on calibration text. Higher is better; float64 [E]."""
+
+from __future__ import annotations
+
+import torch
+
+from moecompress.calibrate.capture import Routed
+
+
+def frequency(routed: Routed) -> torch.Tensor:
+    """How many tokens chose the expert (the baseline of Z-code's pruning, arXiv:2109.10465)."""
+    return routed.counts.double()
+
+
+def activation_norm(routed: Routed, norms: torch.Tensor) -> torch.Tensor:
+    """EAN: Σ ‖F_e(x)‖ over the tokens that chose the expert. norms: [S], in the order of ``routed``."""
+    return _sums(routed, norms)
+
+
+def reap(routed: Routed, norms: torch.Tensor) -> torch.Tensor:
+    """REAP (arXiv:2510.13999, eq. 9): mean of g_e(x)·‖F_e(x)‖ over the tokens that chose the expert, 0 without any.
+
+    g is the combine weight that the model applies, so renormalised where the model does that. norms: [S], in the order of
+    ``routed``.
+    """
+    return _sums(routed, routed.gate * norms) / routed.counts.clamp_min(1)
+
+
+def random(experts: int, seed: int) -> torch.Tensor:
+    """For comparison: anything better than this is knowledge."""
+    return torch.rand(experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _sums(routed: Routed, values: torch.Tensor) -> torch.Tensor:
+    """Sum of ``values`` [S] over the pairs of each expert."""
+    index = torch.repeat_interleave(torch.arange(len(routed.counts)), routed.counts)
+    return torch.zeros(len(routed.counts), dtype=torch.float64).index_add(0, index, values.double())

@@ -1,0 +1,189 @@
+"""The walk that drops or merges experts: layer by layer, each decided on what the changed layers before it deliver."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecompress.calibrate.observe import Calibration, seam_on
+from moecompress.compress import Work, capture_layer, rest_shards
+from moecompress.errors import UserError
+from moecompress.model.anatomy import IGNORED, MoELayer
+from moecompress.model.checkpoint import read_header, write_index, write_shard, write_text
+from moecompress.model.skeleton import release, stored_names
+from moecompress.model.walk import OpenModel, Walk
+from moecompress.progress import track
+from moecompress.transform.methods import METHODS, Scene
+from moecompress.transform.outputs import canonical, stored
+from moecompress.transform.regroup import Regrouping, apply
+from moecompress.transform.shrink import Smaller, experts_of, groups_of, refuse_count, shrink
+
+
+@dataclass(frozen=True)
+class Request:
+    """method: a name of METHODS. count: experts that every layer keeps. protected: (layer, expert) that must stay."""
+
+    method: str
+    count: int
+    protected: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
+
+    @staticmethod
+    def of(opened: OpenModel, method: str, keep: float, protected: tuple[tuple[int, int], ...] = (), seed: int = 0) -> Request:
+        """keep: a share of the experts below 1, or a number of them. Raises UserError where that cannot be done."""
+        if method not in METHODS:
+            raise UserError(f"Unknown method {method!r}", expected=", ".join(METHODS))
+        if keep >= 1 and keep != int(keep):
+            raise UserError(f"Cannot keep {keep} experts", expected="a share below 1, or a whole number")
+        experts, groups = experts_of(opened), groups_of(opened)
+        # A share is rounded to what the groups of the router allow.
+        count = groups * round(keep * experts / groups) if keep < 1 else int(keep)
+        refuse_count(opened, count)
+        for layer, expert in protected:
+            if layer not in opened.anatomy.moe or not 0 <= expert < experts:
+                raise UserError(f"There is no expert L{layer:02d}.E{expert:03d} to protect",
+                                expected=f"layers {min(opened.anatomy.moe)} to {max(opened.anatomy.moe)}, experts 0 to {experts - 1}")  # fmt: skip
+        request = Request(method, count, protected, seed)
+        for layer in opened.anatomy.moe:
+            own = request.protected_in(layer)
+            fullest = max((sum(e * groups // experts == g for e in own) for g in range(groups)), default=0)
+            if fullest > count // groups:
+                raise UserError(f"Layer {layer} protects more experts than it keeps", expected=f"at most {count // groups}"
+                                + (" a group" if groups > 1 else ""), got=fullest, remedy="keep more, or protect fewer")  # fmt: skip
+        return request
+
+    def protected_in(self, layer: int) -> list[int]:
+        return sorted({expert for where, expert in self.protected if where == layer})
+
+
+@torch.no_grad()
+def transform(opened: OpenModel, calibration: Calibration, request: Request, work: Work,
+              trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Write a whole checkpoint with fewer experts to ``work.shards``; returns what became of every expert and tensor.
+
+    Finished layers are kept in ``work`` and not done again.
+    """
+    work.make()
+    smaller = shrink(opened, request.count, work.shards, trust_remote_code)
+    seam_on(opened)
+    _write_rest(opened, work)
+    total = len(opened.layers)
+    done = sum((work.state / f"record-{layer:04d}.json").exists() for layer in range(total))
+    if done < total:
+        with Walk(opened, calibration.batches) as walk:
+            start = walk.restore(work.state)
+            for layer in track(walk.layers(start), request.method, total - start):
+                record = _transform_layer(walk, smaller, layer, calibration, request, work)
+                write_text(work.state / f"record-{layer:04d}.json", json.dumps(record))
+                if layer < total - 1:
+                    outputs = [walk.run(lane) for lane in range(len(walk.waiting))]
+                    if walk.resumable():
+                        walk.save(work.state, layer, outputs)
+                    for lane, output in enumerate(outputs):
+                        walk.step(lane, output)
+    write_index(work.shards, sorted(work.shards.glob("model-*.safetensors")))
+    records = [json.loads((work.state / f"record-{layer:04d}.json").read_text()) for layer in range(total)]
+    return {
+        "config_keys": smaller.keys,
+        "experts": {str(layer): record for layer, record in enumerate(records) if record},
+        "tensors": _fates(opened, smaller),
+    }
+
+
+def _transform_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Calibration, request: Request,
+                     work: Work) -> dict[str, Any]:  # fmt: skip
+    """Decide, write the layer's shard, and let the walk go on with the smaller layer. Returns the map of its experts."""
+    opened = walk.opened
+    tensors = {
+        info.name: opened.checkpoint.read(info.name)
+        for info in opened.anatomy.of_layer(layer)
+        if info.target not in smaller.axes
+    }
+    record: dict[str, Any] = {}
+    moe = opened.anatomy.moe.get(layer)
+    if moe is not None:
+        capture = capture_layer(walk, moe, calibration)
+        module = opened.model.get_submodule(moe.module)
+        biases = [t.flatten() for t in _of_layer(opened, smaller, layer).values() if t.numel() == moe.layout.experts]
+        scene = Scene(module, moe.layout, capture, request.count, request.protected_in(layer), biases, groups_of(opened),
+                      request.seed + layer, calibration.workspace_bytes)  # fmt: skip
+        regrouping = METHODS[request.method](scene)
+        changed = regrouped(opened, smaller, moe, regrouping)
+        tensors |= _on_disk(opened, smaller, changed)
+        _replace_layer(opened, smaller, layer, changed)
+        record = {"kept": regrouping.keep.tolist(), "target": regrouping.target.tolist(),
+                  "tokens": scene.routed.counts.tolist()}  # fmt: skip
+    write_shard(work.layer_shard(layer, len(opened.layers)), tensors)
+    return record
+
+
+def _of_layer(opened: OpenModel, smaller: Smaller, layer: int) -> dict[str, torch.Tensor]:
+    """The loaded tensors of a layer that have one slice an expert."""
+    prefix = f"{opened.anatomy.stack}.{layer}."
+    state = opened.layers[layer].state_dict(prefix=prefix)
+    return {name: state[name] for name in smaller.axes if name.startswith(prefix)}
+
+
+def regrouped(opened: OpenModel, smaller: Smaller, moe: MoELayer, regrouping: Regrouping) -> dict[str, torch.Tensor]:
+    """The layer's tensors that change, by parameter: merged experts, and the kept experts' slices of everything else."""
+    found = _of_layer(opened, smaller, moe.layer)
+    result = {name: tensor.index_select(smaller.axes[name], regrouping.keep) for name, tensor in found.items()
+              if not name.startswith(moe.module + ".")}  # fmt: skip
+    new = stored(apply(regrouping, canonical(opened.model.get_submodule(moe.module), moe.layout)), moe.layout)
+    result |= {f"{moe.module}.{name}": tensor for name, tensor in new.items()}
+    if missed := sorted(found.keys() - result.keys()):
+        raise UserError(f"{missed[0]} is a part of experts that moecompress does not know", expected="matrices and biases",
+                        remedy="this architecture is not supported yet")  # fmt: skip
+    return result
+
+
+def _on_disk(opened: OpenModel, smaller: Smaller, changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters as tensors of the checkpoint, in the dtype and under the names that it has them."""
+    entries = opened.checkpoint.entries
+    named = stored_names(opened.loader, smaller.model, changed)
+    if unknown := sorted(named.keys() - entries.keys()):
+        raise UserError(f"The checkpoint has no tensor {unknown[0]}", expected="the names that transformers saves this family with",
+                        remedy="load the model with transformers and save_pretrained it first")  # fmt: skip
+    return {name: tensor.to(entries[name].dtype) for name, tensor in named.items()}
+
+
+def _replace_layer(opened: OpenModel, smaller: Smaller, layer: int, changed: dict[str, torch.Tensor]) -> None:
+    """Put the smaller skeleton's layer, with weights, in the place of the loaded one."""
+    old, new = opened.layers[layer], smaller.model.get_submodule(f"{opened.anatomy.stack}.{layer}")
+    prefix = f"{opened.anatomy.stack}.{layer}."
+    for name, tensor in old.state_dict().items():
+        tensor = changed.get(prefix + name, tensor)
+        where, _, leaf = name.rpartition(".")
+        module = new.get_submodule(where)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    release(old)
+    opened.model.get_submodule(opened.anatomy.stack)[layer] = new
+
+
+def _write_rest(opened: OpenModel, work: Work) -> None:
+    """What is outside the decoder layers, unchanged. Layers that the model ignores (multi-token prediction) have the old
+    number of experts and are left out."""
+    for index, batch in enumerate(rest_shards(opened)):
+        names = [info.name for info in batch if info.role != IGNORED]
+        shard = work.shards / f"model-rest-{index:05d}.safetensors"
+        if names and not (shard.exists() and set(read_header(shard)) == set(names)):
+            write_shard(shard, {name: opened.checkpoint.read(name) for name in names})
+
+
+def _fates(opened: OpenModel, smaller: Smaller) -> dict[str, dict[str, Any]]:
+    """Input tensor -> role and fate: kept bit for bit, regrouped (see the map of its layer's experts), or left out."""
+    return {
+        info.name: {
+            "role": info.role,
+            "bytes": info.nbytes,
+            "fate": "left out" if info.role == IGNORED else "regrouped" if info.target in smaller.axes else "kept",
+        }
+        for info in opened.anatomy.tensors
+    }
