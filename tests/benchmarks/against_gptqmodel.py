@@ -59,10 +59,11 @@ def report(label: str, record: dict) -> None:
 
 
 def gptqmodel(arguments: argparse.Namespace, setting: str, work: Path) -> dict:
-    command = [arguments.gptqmodel_python, __file__, "--worker", str(arguments.model), setting, str(work)]
+    command = [arguments.gptqmodel_python, str(Path(__file__).resolve()), "--worker", str(arguments.model.resolve()), setting, str(work)]
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # It leaves logs in the folder where it runs.
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=work)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"bytes"')]
     if not lines:
         sys.exit(f"GPTQModel failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
