@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 #: Size of a decoder layer from which memory matters more than the time to zero pages.
 BIG_LAYER = 128 * 1024**2
 #: For big layers, blocks from the first size on are mapped. For small ones from the second, and the third stays in the heap.
-MAPPED, MAPPED_SMALL, KEPT_SMALL = 256 * 1024, 32 * 1024**2, 512 * 1024**2
+MAPPED, MAPPED_SMALL, KEPT_SMALL = 64 * 1024, 32 * 1024**2, 512 * 1024**2
 
 
 def arrange_heap(layer_bytes: int) -> None:

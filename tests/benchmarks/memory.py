@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,14 @@ LIBRARIES = """
 import moecompress.pipeline, moecompress.cli.quantize, accelerate, highspy, pulp
 import transformers.models.qwen3_moe.modeling_qwen3_moe
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+TELL = """
+import atexit, sys
+told, sys.argv = sys.argv[1], ["moecompress", *sys.argv[2:]]
+peak = lambda: next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+atexit.register(lambda: open(told, "w").write(peak()))
+from moecompress.cli import main
+main()
 """
 
 
@@ -120,14 +127,16 @@ def make_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def peak_of(command: list[str]) -> tuple[int, float]:
-    """Largest resident size of a command in bytes, and seconds."""
+    """Largest resident size of `moecompress COMMAND` in bytes, and seconds.
+
+    The process tells its own peak: that which the system reports of a child includes its parent's before exec.
+    """
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return usage.ru_maxrss * 1024, time.perf_counter() - start
+    with tempfile.NamedTemporaryFile("r") as told:
+        done = subprocess.run([sys.executable, "-c", TELL, told.name, *command], stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise SystemExit(f"moecompress {' '.join(command)} ended with {done.returncode}")
+        return int(told.read()) * 1024, time.perf_counter() - start
 
 
 def measure(folder: Path, size: Size) -> dict:
@@ -135,7 +144,7 @@ def measure(folder: Path, size: Size) -> dict:
         "quantize.refine": 0, "compute.dtype": "bfloat16", "compute.micro_batch": size.micro_batch,
         "calibration.sequences": size.sequences + 2, "calibration.heldout": 2, "calibration.length": size.length,
     }  # fmt: skip
-    command = [sys.executable, "-c", "from moecompress.cli import main; main()", "quantize", str(folder), "-o", str(folder) + "-out", "--target-bits", "3.0"]
+    command = ["quantize", str(folder), "-o", str(folder) + "-out", "--target-bits", "3.0"]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
     libraries = int(subprocess.run([sys.executable, "-c", LIBRARIES], capture_output=True, text=True, check=True).stdout) * 1024
