@@ -13,6 +13,7 @@ from torch import nn
 
 from moecompress.calibrate.capture import Capture, Routed, route
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, projections
+from moecompress.model.memory import trim
 from moecompress.quantize.hessian import moment, shrink, token_weights
 
 #: Tokens of the layer that every expert is shown, routed to it or not, to fill in where its own tokens are few.
@@ -79,6 +80,8 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
             {name: torch.stack([part[2][name] for part in parts]) for name in parts[0][2]},
             torch.tensor([part[3] for part in parts]),
         )
+        if chunk < layout.experts:  # memory is short: holes that this chunk left must not add up
+            trim()
 
 
 def _spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
