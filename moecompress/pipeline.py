@@ -347,7 +347,7 @@ def written_bytes(job: Job, chosen: Plan) -> int:
                 tensors[info.name] = (info.dtype, info.shape)
         if layer in opened.anatomy.moe:
             moe = opened.anatomy.moe[layer]
-            tensors[f"{moe.module}.down_proj"] = (torch.uint8, (1,))
+            tensors[f"{moe.module}.down_proj"] = (torch.uint8, (1, 1, 1))
             for projection, chosen_schemes in schemes[layer].items():
                 for scheme, count in Counter(chosen_schemes).items():
                     where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"

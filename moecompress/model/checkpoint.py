@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from moecompress.errors import UserError
 
@@ -170,16 +169,36 @@ def read_entry(entry: TensorEntry) -> torch.Tensor:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], durable: bool = True) -> None:
-    """Write a shard under its name only when it is complete (write, sync unless not ``durable``, rename)."""
+    """Write a shard under its name only when it is complete (write, sync unless not ``durable``, rename).
+
+    Tensor after tensor: the library's own function copies all of them first, which for a layer is too much memory.
+    """
     partial = path.with_name(path.name + ".partial")
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    except SafetensorError as error:  # safetensors wraps the operating system's error in its own
+        with partial.open("wb") as file:
+            file.write(_header(ordered))
+            for _, tensor in ordered:
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"Cannot write {path.name}", got=str(error), remedy="free disk space or check permissions") from None
     if durable:
         sync_file(partial)
     os.replace(partial, path)
+
+
+def _header(ordered: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+    """The length and the JSON text that a safetensors file begins with; data starts at a multiple of 8."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_index(folder: Path, shards: Iterable[Path]) -> None:

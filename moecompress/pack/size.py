@@ -1,4 +1,4 @@
-"""How many bytes a safetensors file takes, before it is written."""
+"""How many bytes a shard takes, before it is written (by model/checkpoint.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Mapping
 
 import torch
 
-#: The order of tensors, and so the digits of their offsets, is the library's: at most this many bytes more.
-_SPARE = 16
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
@@ -21,5 +19,5 @@ def shard_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> i
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES.get(dtype, "F8_E4M3"), "shape": list(shape), "data_offsets": [start, end]}
-    text = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + (text + 7) // 8 * 8 + end + _SPARE
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + (text + 7) // 8 * 8 + end
