@@ -44,6 +44,19 @@ class Work:
     def layer_shard(self, layer: int, layers: int) -> Path:
         return self.shards / f"model-layer-{layer:05d}-of-{layers:05d}.safetensors"
 
+    def keep_record(self, layer: int, record: dict[str, Any]) -> None:
+        """What was done with a layer; it is finished then."""
+        write_text(self._record(layer), json.dumps(record))
+
+    def records(self, layers: int) -> list[dict[str, Any]]:
+        return [json.loads(self._record(layer).read_text()) for layer in range(layers)]
+
+    def complete(self, layers: int) -> bool:
+        return all(self._record(layer).exists() for layer in range(layers))
+
+    def _record(self, layer: int) -> Path:
+        return self.state / f"record-{layer:04d}.json"
+
 
 def linear_schemes(opened: OpenModel, bits: dict[str, int]) -> dict[str, Scheme]:
     """Linear layer -> scheme, for the layers that are quantized at all. ``bits``: role -> 4, 8 or 16."""
@@ -68,9 +81,8 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
     work.make()
     seam_on(opened)
     total = len(opened.layers)
-    _write_rest(opened, work)
-    done = _done(work, total)
-    if done < total:
+    write_rest(opened, work)
+    if not work.complete(total):
         with bfloat16_products(opened.stored_dtype), Walk(opened, calibration.batches) as walk:
             start = walk.restore(work.state)
             for layer in track(walk.layers(start), label, total - start):
@@ -78,16 +90,12 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
                 with _remembering(walk, layer) if again and layer in plan else nullcontext():
                     record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
                                              work.layer_shard(layer, total))  # fmt: skip
-                    write_text(work.state / f"record-{layer:04d}.json", json.dumps(record))
+                    work.keep_record(layer, record)
                     outputs = [walk.run(lane) for lane in range(len(walk.waiting))] if again else []
-                if again and walk.resumable():
-                    walk.save(work.state, layer, outputs)
-                for lane in range(len(outputs)):
-                    walk.step(lane, outputs[lane])
-                    outputs[lane] = None
-    records = [json.loads((work.state / f"record-{layer:04d}.json").read_text()) for layer in range(total)]
+                if again:
+                    walk.hand_on(outputs, work.state)
     merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
-    for record in records:
+    for record in work.records(total):
         merged["errors"].update(record["errors"])
         merged["schemes"].update(record["schemes"])
         merged["contents"].update(record["contents"])
@@ -97,13 +105,6 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
 
 def _remembering(walk: Walk, layer: int):
     return walk.remembering(walk.opened.model.get_submodule(walk.opened.anatomy.moe[layer].module))
-
-
-def _done(work: Work, layers: int) -> int:
-    count = 0
-    while count < layers and (work.state / f"record-{count:04d}.json").exists():
-        count += 1
-    return count
 
 
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
@@ -229,12 +230,13 @@ def _fill(bank: PackedBank, tensors: dict[str, torch.Tensor]) -> None:
         getattr(bank, name).copy_(tensor)
 
 
-def _write_rest(opened: OpenModel, work: Work) -> None:
-    """Copy what is outside the decoder layers, unchanged, a bounded number of bytes at a time."""
+def write_rest(opened: OpenModel, work: Work, leave_out: str | None = None) -> None:
+    """Copy what is outside the decoder layers, unchanged, a bounded number of bytes at a time. ``leave_out``: a role."""
     for index, batch in enumerate(rest_shards(opened)):
+        names = {info.name for info in batch if info.role != leave_out}
         shard = work.shards / f"model-rest-{index:05d}.safetensors"
-        if not (shard.exists() and set(read_header(shard)) == {info.name for info in batch}):
-            write_shard(shard, {info.name: opened.checkpoint.read(info.name) for info in batch})
+        if names and not (shard.exists() and set(read_header(shard)) == names):
+            write_shard(shard, {name: opened.checkpoint.read(name) for name in names})
 
 
 def rest_shards(opened: OpenModel) -> list[list[TensorInfo]]:

@@ -29,7 +29,7 @@ from moecompress.compress import Work, compress, linear_schemes, rest_shards, ro
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
 from moecompress.model.anatomy import EXPERT, Anatomy
-from moecompress.model.checkpoint import COMPANIONS, resolve, write_index, write_text
+from moecompress.model.checkpoint import copy_companions, give_name, resolve, write_index, write_text
 from moecompress.model.skeleton import compute_dtype, load_tokenizer
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates, write_manifest
@@ -202,9 +202,7 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     config["quantization_config"] = {"quant_method": METHOD, "version": FORMAT_VERSION, "dtype": dtype,
                                      "experts": done["contents"], "linears": names}  # fmt: skip
     write_text(out / "config.json", json.dumps(config, indent=2))
-    for path in job.folder.iterdir():
-        if path.is_file() and COMPANIONS.match(path.name):
-            shutil.copyfile(path, out / path.name)
+    copy_companions(job.folder, out)
     records = out / FOLDER
     records.mkdir(exist_ok=True)
     write_text(records / "plan.json", chosen.to_json())
@@ -280,9 +278,7 @@ def finish(ready: Path, manifest: dict[str, Any], out: Path) -> None:
     """Hash, verify, and only then give the folder its name."""
     write_manifest(ready, manifest)
     verify_files(ready)
-    if out.exists():
-        out.rmdir()  # empty, as refuse_target saw
-    os.replace(ready, out)
+    give_name(ready, out)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------

@@ -66,6 +66,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
     return folder
 
 
+@pytest.fixture(scope="module")
+def quiet_and_single_threaded() -> Iterator[None]:
+    """For matrices so tiny that a second thread only waits for the first."""
+    import torch
+    from transformers.utils import logging
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def copy_of_tiny(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy to break."""

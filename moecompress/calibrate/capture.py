@@ -43,6 +43,11 @@ class Routed:
     def counts(self) -> torch.Tensor:
         return self.start.diff()
 
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """float64 [E]: sums of ``values`` [S] over the pairs of each expert."""
+        index = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
+        return torch.zeros(len(self.counts), dtype=torch.float64).index_add(0, index, values.double())
+
 
 def route(capture: Capture, experts: int) -> Routed:
     """Sort the kept tokens by the experts that chose them."""
@@ -53,6 +58,11 @@ def route(capture: Capture, experts: int) -> Routed:
     start = torch.zeros(experts + 1, dtype=torch.long)
     start[1:] = counts.cumsum(0)
     return Routed(order // capture.chosen.shape[1], capture.weights.reshape(-1)[order].float(), start)
+
+
+def spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """At most ``count`` of the tokens, evenly spread."""
+    return tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).long()] if len(tokens) else tokens
 
 
 class Enough(Exception):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moecompress.calibrate.capture import Capture, Routed, route
+from moecompress.calibrate.capture import Capture, Routed, route, spread
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, projections
 from moecompress.model.memory import trim
 from moecompress.quantize.hessian import moment, shrink, token_weights
@@ -60,8 +60,8 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
     """Moments of all experts, ``chunk`` at a time. ``prior``: tokens at which own and pooled Hessian weigh the same."""
     routed = route(capture, layout.experts)
     usable = capture.keep.nonzero().squeeze(1)
-    pool = capture.hidden[_spread(usable, POOL_TOKENS)].float()
-    inputs = capture.hidden[_spread(usable, max(POOL_INPUTS, 4 * layout.hidden))]
+    pool = capture.hidden[spread(usable, POOL_TOKENS)].float()
+    inputs = capture.hidden[spread(usable, max(POOL_INPUTS, 4 * layout.hidden))]
     pool_in = moment(inputs) / max(1, len(inputs))
     stored = projections(module, layout)
     for first in range(0, layout.experts, chunk):
@@ -84,11 +84,6 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
             trim()
 
 
-def _spread(tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """At most ``count`` of the tokens, evenly spread."""
-    return tokens[torch.linspace(0, len(tokens) - 1, min(count, len(tokens))).long()] if len(tokens) else tokens
-
-
 def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert: int, weights: dict[str, torch.Tensor],
          pool: torch.Tensor, pool_in: torch.Tensor, hessian: str, prior: float, sensitivity: bool):  # fmt: skip
     pairs = routed.of(expert)
@@ -103,7 +98,7 @@ def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert
     inner = shrink(moment(a, omega), mass, len(x), moment(a_pool) / max(1, len(pool)), prior * layout.width)
     rows = {}
     if sensitivity:
-        some = _spread(torch.arange(len(x)), SLOPE_TOKENS)
+        some = spread(torch.arange(len(x)), SLOPE_TOKENS)
         seen = (None if pre[0] is None else pre[0][some], pre[1][some]) if len(x) else pool_pre
         rows = _row_weights(module, layout, expert, weights, seen, gate[some].square() if len(x) else None)
     return x_in, inner, rows, float(gate.square().sum())

@@ -96,12 +96,8 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
                 outputs[lanes[layer]], energy[layer] = _perturb(walk, moe[layer], lanes[layer], clean)
             last = layer == len(opened.layers) - 1
             if not last:
-                if walk.resumable():
-                    write_text(work / "energy.json", json.dumps(energy))
-                    walk.save(work, layer, outputs)
-                for lane, output in enumerate(outputs):
-                    walk.step(lane, output)
-                    outputs[lane] = None
+                write_text(work / "energy.json", json.dumps(energy))
+                walk.hand_on(outputs, work)
             else:
                 divergence = _divergences(walk, outputs, probes, lanes)
     layers = {}
@@ -148,10 +144,7 @@ def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Ca
              settings: Settings) -> dict[str, torch.Tensor]:  # fmt: skip
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     routed = route(capture, layout.experts)
-    index = torch.repeat_interleave(torch.arange(layout.experts), routed.counts)
-    zeros = torch.zeros(layout.experts, dtype=torch.float64)
-    gate_sum = zeros.index_add(0, index, routed.gate.double())
-    gate_square = zeros.index_add(0, index, routed.gate.double().square())
+    gate_sum, gate_square = routed.sums(routed.gate), routed.sums(routed.gate.double().square())
     harm = torch.zeros(layout.experts, len(layout.projections), len(schemes), dtype=torch.float64)
     chunk = chunk_size(layout, calibration.workspace_bytes)
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, sensitivity=True):

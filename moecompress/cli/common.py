@@ -34,6 +34,12 @@ Granularity = Annotated[
     str | None,
     typer.Option("--granularity", help="expert, projection or layer: what may differ, for the runtime you target."),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--fresh", help="Go on behind the last finished layer of a killed run (default), or start over."
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that the model folder brings. Only if you trust it."),

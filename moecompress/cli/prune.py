@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Text, Trust, print_json, size_text
+from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_json, size_text
 from moecompress.errors import UserError
 
 
@@ -28,9 +28,7 @@ def command(
     text: Text = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Go on behind the last finished layer of a killed run, or start over.")
-    ] = True,
+    resume: Resume = True,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ from moecompress.cli.common import (
     Model,
     Overrides,
     RecipeFile,
+    Resume,
     TargetBits,
     TargetSize,
     Text,
@@ -35,12 +36,7 @@ def command(
         bool, typer.Option("--allow-fallback", help="Round an expert to nearest when its Hessian fails, and say so.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--fresh", help="Go on behind the last finished layer of a killed run (default), or start over."
-        ),
-    ] = True,
+    resume: Resume = True,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
-from moecompress.model.checkpoint import COMPANIONS, write_index, write_shard, write_text
+from moecompress.model.checkpoint import copy_companions, give_name, write_index, write_shard, write_text
 from moecompress.model.experts import parameters_from
 from moecompress.model.skeleton import build_skeleton, load_config, stored_names
 from moecompress.model.walk import OpenModel
@@ -54,13 +53,9 @@ def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
         if isinstance(section, dict):
             section.update({key: dtype for key in ("dtype", "torch_dtype") if key in section})
     write_text(work / "config.json", json.dumps(config, indent=2))
-    for path in model.iterdir():
-        if path.is_file() and COMPANIONS.match(path.name):
-            shutil.copyfile(path, work / path.name)
+    copy_companions(model, work)
     OpenModel(work)  # accounts for every tensor of what was written, or says which one is wrong
-    if output.exists():
-        output.rmdir()
-    os.replace(work, output)
+    give_name(work, output)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return {"output": str(output), "format": "dense", "dtype": dtype, "total_bytes": size, "shards": len(shards)}
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 
-from moecompress.kernels.native import torch_threads
+from moecompress.kernels import library
 
 INTERFACE = 2  # kInterface in rounding.cpp
 
@@ -108,27 +105,10 @@ def _check(tensors: dict[str, tuple[torch.Tensor, tuple[int, ...]]], dtype: torc
 
 
 def _run(function: str, job: ctypes.Structure) -> None:
-    library = _load()
-    assert library is not None
-    status = getattr(library, function)(ctypes.byref(job), torch_threads(), torch.get_num_threads())
-    if status == 2:
-        raise MemoryError("no memory for rounding")
-    if status:
-        raise ValueError(f"{function} refused its arguments (status {status})")
+    found = _load()
+    assert found is not None
+    library.run(found, function, job)
 
 
-@cache
 def _load() -> ctypes.CDLL | None:
-    here = Path(__file__).parent
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_rounding{suffix}").exists()]
-    if not found:
-        return None
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        if library.moec_rounding_interface() != INTERFACE:
-            return None
-    except (OSError, AttributeError):
-        return None
-    for function in (library.moec_feedback, library.moec_search, library.moec_refit):
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-    return library
+    return library.load("rounding", INTERFACE)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +220,20 @@ def write_text(path: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     sync_file(partial)
     os.replace(partial, path)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy a checkpoint's small files (tokenizer, generation settings, ...) into the folder ``target``."""
+    for path in source.iterdir():
+        if path.is_file() and COMPANIONS.match(path.name):
+            shutil.copyfile(path, target / path.name)
+
+
+def give_name(ready: Path, out: Path) -> None:
+    """A finished folder gets its name; ``out`` is missing or empty."""
+    if out.exists():
+        out.rmdir()
+    os.replace(ready, out)
 
 
 def sync_file(path: Path) -> None:

@@ -240,6 +240,14 @@ class Walk:
         with torch.no_grad():
             self._advance(lane, output)
 
+    def hand_on(self, outputs: list[Any], folder: Path | None = None) -> None:
+        """`step` every micro-batch, forgetting each output; before that, `save` them in ``folder`` if there is one."""
+        if folder is not None and self.resumable():
+            self.save(folder, self.layer, outputs)
+        for lane in range(len(outputs)):
+            self.step(lane, outputs[lane])
+            outputs[lane] = None
+
     def logits(self, lane: int, output: Any) -> torch.Tensor:
         """Like `step` after the last layer; returns the logits [B, L, V] and forgets them."""
         self.step(lane, output)

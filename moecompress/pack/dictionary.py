@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.pack import ternary
-from moecompress.pack.ternary import ZERO, demand, wrong
+from moecompress.pack.fields import demand, wrong
+from moecompress.pack.ternary import ZERO
 
 SIZE = 2**16  # words
 LONGEST = 14  # pairs in a word

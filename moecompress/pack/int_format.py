@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
+from moecompress.pack.fields import demand, pack_plane, shifts, unpack_plane, wrong
 
 BITS = (2, 3, 4, 8)
 GROUPS = (0, 32, 64, 128)
@@ -79,7 +80,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % PAD))
     planes, shift = [], 0
     for width in PLANES[bits]:
-        planes.append(_pack_plane((codes >> shift) & (2**width - 1), width))
+        planes.append(pack_plane((codes >> shift) & (2**width - 1), width))
         shift += width
     return torch.cat(planes, dim=-1)
 
@@ -91,21 +92,21 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     planes = packed.split([2 * width * blocks for width in widths], dim=-1)
     codes, shift = torch.zeros((), dtype=torch.uint8, device=packed.device), 0
     for plane, width in zip(planes, widths, strict=True):
-        codes = codes | (_unpack_plane(plane, width) << shift)
+        codes = codes | (unpack_plane(plane, width) << shift)
         shift += width
     return codes[..., :cols]
 
 
 def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
     """uint8 (..., G), each below 2**bits -> uint8 (..., ceil(G * bits / 8))."""
-    stream = ((zeros.unsqueeze(-1) >> _shifts(bits, 1, zeros.device)) & 1).flatten(-2)  # (..., G * bits), single bits
-    return _pack_plane(torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)), 1)
+    stream = ((zeros.unsqueeze(-1) >> shifts(bits, 1, zeros.device)) & 1).flatten(-2)  # (..., G * bits), single bits
+    return pack_plane(torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)), 1)
 
 
 def unpack_zeros(packed: Tensor, bits: int, count: int) -> Tensor:
     """uint8 (..., ceil(G * bits / 8)) -> uint8 (..., G), where G = ``count``."""
-    stream = _unpack_plane(packed, 1)[..., : count * bits].unflatten(-1, (count, bits))
-    return (stream << _shifts(bits, 1, packed.device)).sum(-1, dtype=torch.uint8)
+    stream = unpack_plane(packed, 1)[..., : count * bits].unflatten(-1, (count, bits))
+    return (stream << shifts(bits, 1, packed.device)).sum(-1, dtype=torch.uint8)
 
 
 def pack(
@@ -148,10 +149,10 @@ def check(bank: IntBank) -> None:
     """Raise UserError, naming the tensor, unless every tensor has the shape and dtype that the format demands."""
     _check_parameters(bank.bits, bank.group, bank.cols)
     if bank.codes.dim() != 3:
-        raise _wrong("codes", "3 dimensions (n, rows, bytes)", f"shape {tuple(bank.codes.shape)}")
+        raise wrong("codes", "3 dimensions (n, rows, bytes)", f"shape {tuple(bank.codes.shape)}")
     if (bank.scales is None) != (bank.group == 0):
         wanted, found = ("absent", "present") if bank.group == 0 else ("present", "absent")
-        raise _wrong("scales", f"{wanted}, as group = {bank.group}", found)
+        raise wrong("scales", f"{wanted}, as group = {bank.group}", found)
     lead = tuple(bank.codes.shape[:2])  # (n, rows)
     demanded = {
         "codes": (torch.uint8, (*lead, row_bytes(bank.cols, bank.bits))),
@@ -161,10 +162,9 @@ def check(bank: IntBank) -> None:
     }
     for name, tensor in bank.tensors().items():
         dtype, shape = demanded[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise _wrong(name, f"{dtype} {shape}", f"{tensor.dtype} {tuple(tensor.shape)}")
+        demand(name, tensor, dtype, shape)
         if tensor.device != bank.codes.device:
-            raise _wrong(name, f"on {bank.codes.device}, with the codes", f"on {tensor.device}")
+            raise wrong(name, f"on {bank.codes.device}, with the codes", f"on {tensor.device}")
 
 
 def from_tensors(tensors: Mapping[str, Tensor], bits: int, group: int, cols: int) -> IntBank:
@@ -192,15 +192,6 @@ def _check_parameters(bits: int, group: int, cols: int) -> None:
         raise UserError("a packed matrix needs columns", expected="cols >= 1", got=cols)
 
 
-def _wrong(name: str, expected: str, got: str) -> UserError:
-    return UserError(
-        f"packed tensor '{name}' does not fit the format",
-        expected=expected,
-        got=got,
-        remedy="the file is damaged or its manifest belongs to another one; copy or compress it again",
-    )
-
-
 def _select(bank: IntBank, index: slice | Tensor) -> IntBank:
     scales = None if bank.scales is None else bank.scales[index]
     zeros = None if bank.zeros is None else bank.zeros[index]
@@ -212,20 +203,3 @@ def _spread(per_group: Tensor, bank: IntBank) -> Tensor:
     if bank.group == 0:
         return per_group
     return per_group.repeat_interleave(bank.group, dim=-1)[..., : bank.cols]
-
-
-def _shifts(count: int, width: int, device: torch.device) -> Tensor:
-    return torch.arange(0, count * width, width, dtype=torch.uint8, device=device)
-
-
-def _pack_plane(values: Tensor, width: int) -> Tensor:
-    """uint8 (..., c) -> uint8 (..., c * width / 8); c is a multiple of 8 / width."""
-    per_byte = 8 // width
-    fields = values.unflatten(-1, (-1, per_byte)) << _shifts(per_byte, width, values.device)
-    return fields.sum(-1, dtype=torch.uint8)  # no carries: the fields do not overlap
-
-
-def _unpack_plane(plane: Tensor, width: int) -> Tensor:
-    """uint8 (..., bytes) -> uint8 (..., bytes * 8 / width)."""
-    fields = plane.unsqueeze(-1) >> _shifts(8 // width, width, plane.device)
-    return (fields & (2**width - 1)).flatten(-2)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moecompress.pack import dictionary
 from moecompress.pack.dictionary import PAIRS, DictionaryBank
-from moecompress.pack.ternary import ZERO, demand, refuse_above, wrong
+from moecompress.pack.fields import demand, wrong
+from moecompress.pack.ternary import ZERO, refuse_above
 
 LANES = 32  # states of a matrix; pair p belongs to lane p mod 32
 PRECISION = 14  # frequencies of a table sum to 2**14

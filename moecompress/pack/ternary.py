@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
+from moecompress.pack.fields import demand, pack_plane, unpack_plane, wrong
 
 TRITS = 5  # in a byte: 3**5 = 243 <= 256
 ZERO = 1  # the trit of weight 0; pads rows, so what a kernel reads past the end adds nothing
@@ -69,14 +70,13 @@ def unpack_trits(packed: Tensor, cols: int) -> Tensor:
 def pack_bits(bits: Tensor) -> Tensor:
     """uint8 (..., cols) of 0 and 1 -> uint8 (..., ceil(cols / 8)), lowest bit first."""
     refuse_above("bit", bits, 1)
-    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (padded << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
+    return pack_plane(padded, 1)
 
 
 def unpack_bits(packed: Tensor, cols: int) -> Tensor:
     """uint8 (..., ceil(cols / 8)) -> uint8 (..., cols) of 0 and 1."""
-    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (bits & 1).flatten(-2)[..., :cols]
+    return unpack_plane(packed, 1)[..., :cols]
 
 
 def pack_ternary(trits: Tensor, levels: Tensor) -> TernaryBank:
@@ -123,23 +123,9 @@ def check(bank: TernaryBank | SignBank) -> None:
         demand("scales", bank.scales, torch.bfloat16, lead)
 
 
-def demand(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise wrong(name, f"{dtype} {shape}", f"{tensor.dtype} {tuple(tensor.shape)}")
-
-
 def refuse_above(name: str, values: Tensor, top: int) -> None:
     if values.dtype != torch.uint8 or (values.numel() and int(values.max()) > top):
         raise ValueError(f"a {name} is a uint8 from 0 to {top}")
-
-
-def wrong(name: str, expected: str, got: str) -> UserError:
-    return UserError(
-        f"packed tensor '{name}' does not fit the format",
-        expected=expected,
-        got=got,
-        remedy="the file is damaged or its manifest belongs to another one; copy or compress it again",
-    )
 
 
 def _powers(device: torch.device) -> Tensor:

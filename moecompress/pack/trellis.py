@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
+from moecompress.pack.fields import demand, unpack_plane
 
 WINDOW = 12
 TILE = 16  # rows and columns
@@ -47,6 +48,13 @@ def stored_bytes(rows: int, cols: int, rate: float) -> int:
     return down * across * int(TILE * TILE * rate) // 8 + 4
 
 
+def scramble(numbers: Tensor) -> Tensor:
+    """int64 -> int64 below 2^32: consecutive numbers spread over 32 bits, the same on every machine."""
+    for _ in range(2):
+        numbers = ((numbers ^ (numbers >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return numbers
+
+
 @cache
 def table(values: int) -> Tensor:
     """int8 (4096, V): normally distributed, in units of 1/32, rows numbered by windows whose newest bit is the lowest.
@@ -54,9 +62,7 @@ def table(values: int) -> Tensor:
     From a counter and integer arithmetic, so every machine makes the same; it is stored in the checkpoint all the same.
     """
     count = 2**WINDOW * values
-    x = torch.arange(1, count + 1, dtype=torch.int64)
-    for factor in (0x45D9F3B, 0x45D9F3B):  # two rounds of multiply and fold spread consecutive numbers over 32 bits
-        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+    x = scramble(torch.arange(1, count + 1, dtype=torch.int64))
     x = x ^ (x >> 16)
     order = torch.argsort(x, stable=True)
     # The quantiles of the normal distribution, each once, in an order that looks random.
@@ -85,8 +91,7 @@ def windows(stream: Tensor, bits: int) -> Tensor:
 
     Bit i of the stream is bit i % 8 of byte i // 8; the newest bit is the lowest of a window.
     """
-    spread = (stream.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    line = spread.flatten(-2).long()  # (..., bits of the tile)
+    line = unpack_plane(stream, 1).long()  # (..., bits of the tile)
     ends = torch.arange(bits, line.shape[-1] + 1, bits)
     at = (ends[:, None] - WINDOW + torch.arange(WINDOW)) % line.shape[-1]
     return (line[..., at] << torch.arange(WINDOW - 1, -1, -1)).sum(-1)
@@ -107,8 +112,6 @@ def check(bank: TrellisBank, codebook: Tensor) -> None:
     _, values = RATES[bank.rate]
     down, across = tiles(bank.rows, bank.cols)
     size = (len(bank.scales), down * across, int(TILE * TILE * bank.rate) // 8)
-    for name, tensor, dtype, shape in (("stream", bank.stream, torch.uint8, size), ("scales", bank.scales, torch.float32, size[:1]),
-                                       ("table", codebook, torch.int8, (2**WINDOW, values))):  # fmt: skip
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise UserError(f"packed tensor '{name}' does not fit the format", expected=f"{dtype} {shape}",
-                            got=f"{tensor.dtype} {tuple(tensor.shape)}", remedy="copy or compress the checkpoint again")  # fmt: skip
+    demand("stream", bank.stream, torch.uint8, size)
+    demand("scales", bank.scales, torch.float32, size[:1])
+    demand("table", codebook, torch.int8, (2**WINDOW, values))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from moecompress.pack.trellis import scramble
+
 BLOCK = 128
 
 
@@ -19,9 +21,7 @@ def blocks(size: int) -> list[int]:
 
 def signs(size: int, seed: int) -> torch.Tensor:
     """float32 [size] of ±1 from a seed, by integer arithmetic, so that every machine makes the same."""
-    x = torch.arange(1, size + 1, dtype=torch.int64) + (seed << 20)
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    x = scramble(torch.arange(1, size + 1, dtype=torch.int64) + (seed << 20))
     return 1.0 - 2.0 * ((x >> 13) & 1).float()
 
 

@@ -56,8 +56,7 @@ def observe(opened: OpenModel, batches: Sequence[torch.Tensor], mask: torch.Tens
                 seen[moe.module] = Seen(capture.weights[capture.keep].float(), moe.layout.experts, importance,
                                         router_norm(opened.model, moe.module))  # fmt: skip
             if layer < len(opened.layers) - 1:
-                for lane, output in enumerate(outputs):
-                    walk.step(lane, output)
+                walk.hand_on(outputs)
     total = sum(one.importance for one in seen.values())
     return {name: replace(one, importance=one.importance / total) for name, one in seen.items()}
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
 from moecompress.evaluate.divergence import compare, trace
-from moecompress.model.checkpoint import COMPANIONS, INDEX, Checkpoint, resolve, write_text
+from moecompress.model.checkpoint import INDEX, Checkpoint, copy_companions, give_name, resolve, write_text
 from moecompress.model.skeleton import compute_dtype, load_tokenizer
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, MANIFEST, read_manifest
@@ -81,18 +81,16 @@ def write(folder: Path, output: Path, policy: Policy, measured: dict[str, Any]) 
     work.mkdir(parents=True)
     for shard in {entry.file for entry in checkpoint.entries.values()}:
         link(shard, work / shard.name)
-    for path in folder.iterdir():
-        if path.is_file() and (COMPANIONS.match(path.name) or path.name == INDEX):
-            shutil.copyfile(path, work / path.name)
+    copy_companions(folder, work)
+    if (folder / INDEX).exists():
+        shutil.copyfile(folder / INDEX, work / INDEX)
     if (folder / FOLDER).is_dir():
         shutil.copytree(folder / FOLDER, work / FOLDER)
     write_text(work / "config.json", json.dumps(checkpoint.config | {KEY: policy.model_dump()}, indent=2))
     if (folder / FOLDER / MANIFEST).exists():
         finish(work, read_manifest(folder) | {"routing": measured}, output)
         return
-    if output.exists():
-        output.rmdir()  # empty, as refuse_target saw
-    os.replace(work, output)
+    give_name(work, output)
 
 
 def link(source: Path, target: Path) -> None:

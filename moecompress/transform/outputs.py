@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from moecompress.calibrate.capture import Capture, Routed
+from moecompress.calibrate.capture import Capture, Routed, spread
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, parameters_from, projections
 from moecompress.transform.regroup import DOWN_BIAS, GATE_BIAS, UP_BIAS
 
@@ -76,5 +76,4 @@ def mean_outputs(module: nn.Module, layout: ExpertsLayout, x: torch.Tensor) -> t
 
 def sample(capture: Capture, most: int) -> torch.Tensor:
     """At most ``most`` of the tokens that count, evenly spread: int64 [T]."""
-    usable = capture.keep.nonzero().flatten()
-    return usable[torch.linspace(0, len(usable) - 1, min(most, len(usable))).long()]
+    return spread(capture.keep.nonzero().flatten(), most)

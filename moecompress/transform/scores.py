@@ -14,7 +14,7 @@ def frequency(routed: Routed) -> torch.Tensor:
 
 def activation_norm(routed: Routed, norms: torch.Tensor) -> torch.Tensor:
     """EAN: Σ ‖F_e(x)‖ over the tokens that chose the expert. norms: [S], in the order of ``routed``."""
-    return _sums(routed, norms)
+    return routed.sums(norms)
 
 
 def reap(routed: Routed, norms: torch.Tensor) -> torch.Tensor:
@@ -23,15 +23,9 @@ def reap(routed: Routed, norms: torch.Tensor) -> torch.Tensor:
     g is the combine weight that the model applies, so renormalised where the model does that. norms: [S], in the order of
     ``routed``.
     """
-    return _sums(routed, routed.gate * norms) / routed.counts.clamp_min(1)
+    return routed.sums(routed.gate * norms) / routed.counts.clamp_min(1)
 
 
 def random(experts: int, seed: int) -> torch.Tensor:
     """For comparison: anything better than this is knowledge."""
     return torch.rand(experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _sums(routed: Routed, values: torch.Tensor) -> torch.Tensor:
-    """Sum of ``values`` [S] over the pairs of each expert."""
-    index = torch.repeat_interleave(torch.arange(len(routed.counts)), routed.counts)
-    return torch.zeros(len(routed.counts), dtype=torch.float64).index_add(0, index, values.double())

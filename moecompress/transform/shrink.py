@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
-from moecompress.model.checkpoint import COMPANIONS, write_text
+from moecompress.model.checkpoint import copy_companions, write_text
 from moecompress.model.experts import find_experts, layout_of
 from moecompress.model.skeleton import build_skeleton, load_config
 from moecompress.model.walk import OpenModel
@@ -68,9 +68,7 @@ def shrink(opened: OpenModel, count: int, folder: Path, trust_remote_code: bool 
     """Find the config with ``count`` experts a layer; it and the checkpoint's other small files are written to ``folder``."""
     _refuse_tables(opened)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in opened.checkpoint.folder.iterdir():
-        if path.is_file() and COMPANIONS.match(path.name):
-            (folder / path.name).write_bytes(path.read_bytes())
+    copy_companions(opened.checkpoint.folder, folder)
 
     def build(keys: list[str]) -> PreTrainedModel:
         config = reduce(lambda done, key: _with(done, key, count), keys, opened.checkpoint.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import nn
 
 from moecompress.calibrate.observe import Calibration, seam_on
-from moecompress.compress import Work, capture_layer, rest_shards
+from moecompress.compress import Work, capture_layer, write_rest
 from moecompress.errors import UserError
 from moecompress.model.anatomy import IGNORED, MoELayer
-from moecompress.model.checkpoint import read_header, write_index, write_shard, write_text
+from moecompress.model.checkpoint import write_index, write_shard
 from moecompress.model.skeleton import release, stored_names
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.progress import track
@@ -70,26 +69,21 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
     work.make()
     smaller = shrink(opened, request.count, work.shards, trust_remote_code)
     seam_on(opened)
-    _write_rest(opened, work)
+    # Layers that the model ignores (multi-token prediction) have the old number of experts.
+    write_rest(opened, work, leave_out=IGNORED)
     total = len(opened.layers)
-    done = sum((work.state / f"record-{layer:04d}.json").exists() for layer in range(total))
-    if done < total:
+    if not work.complete(total):
         with Walk(opened, calibration.batches) as walk:
             start = walk.restore(work.state)
             for layer in track(walk.layers(start), request.method, total - start):
                 record = _transform_layer(walk, smaller, layer, calibration, request, work)
-                write_text(work.state / f"record-{layer:04d}.json", json.dumps(record))
+                work.keep_record(layer, record)
                 if layer < total - 1:
-                    outputs = [walk.run(lane) for lane in range(len(walk.waiting))]
-                    if walk.resumable():
-                        walk.save(work.state, layer, outputs)
-                    for lane, output in enumerate(outputs):
-                        walk.step(lane, output)
+                    walk.hand_on([walk.run(lane) for lane in range(len(walk.waiting))], work.state)
     write_index(work.shards, sorted(work.shards.glob("model-*.safetensors")))
-    records = [json.loads((work.state / f"record-{layer:04d}.json").read_text()) for layer in range(total)]
     return {
         "config_keys": smaller.keys,
-        "experts": {str(layer): record for layer, record in enumerate(records) if record},
+        "experts": {str(layer): record for layer, record in enumerate(work.records(total)) if record},
         "tensors": _fates(opened, smaller),
     }
 
@@ -165,16 +159,6 @@ def _replace_layer(opened: OpenModel, smaller: Smaller, layer: int, changed: dic
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     release(old)
     opened.model.get_submodule(opened.anatomy.stack)[layer] = new
-
-
-def _write_rest(opened: OpenModel, work: Work) -> None:
-    """What is outside the decoder layers, unchanged. Layers that the model ignores (multi-token prediction) have the old
-    number of experts and are left out."""
-    for index, batch in enumerate(rest_shards(opened)):
-        names = [info.name for info in batch if info.role != IGNORED]
-        shard = work.shards / f"model-rest-{index:05d}.safetensors"
-        if names and not (shard.exists() and set(read_header(shard)) == set(names)):
-            write_shard(shard, {name: opened.checkpoint.read(name) for name in names})
 
 
 def _fates(opened: OpenModel, smaller: Smaller) -> dict[str, dict[str, Any]]:

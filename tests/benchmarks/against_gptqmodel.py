@@ -37,7 +37,7 @@ def main() -> None:
     import torch
 
     from moecompress.calibrate.data import token_batches
-    from moecompress.pipeline import load_tokenizer
+    from moecompress.model.skeleton import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     with tempfile.TemporaryDirectory() as folder:

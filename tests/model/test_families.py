@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, interface, tiny_checkpoint
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from moecompress.errors import UserError
 from moecompress.model import families
@@ -28,15 +26,7 @@ ALWAYS = (
 OTHERS = [family for family in families.INTERFACE if family not in (*ALWAYS, *families.FAILS)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet_and_single_threaded() -> Iterator[None]:
-    """Matrices are tiny: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 
 
 @pytest.mark.parametrize("family", ALWAYS)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import head_class, shake, tiny_checkpoint, tiny_config
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from moecompress import pipeline
 from moecompress.errors import UserError
@@ -36,14 +35,7 @@ OTHERS = [f for f in families.INTERFACE if f not in (*ALWAYS, *families.FAILS, *
 RECIPE = recipe_from(["calibration.sequences=3", "calibration.heldout=1", "calibration.length=24", "compute.micro_batch=1"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet_and_single_threaded() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 
 
 def job_of(folder: Path) -> pipeline.Job:

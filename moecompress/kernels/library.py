@@ -1,0 +1,37 @@
+"""The compiled encoders (cpu/*.cpp with pool.h): find, load and call them through ctypes, on the threads that torch has."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from moecompress.kernels.native import torch_threads
+
+
+@cache
+def load(name: str, interface: int) -> ctypes.CDLL | None:
+    """The library _``name``, or None if it is missing or of another version. Functions return an int status."""
+    here = Path(__file__).parent
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_{name}{suffix}").exists()]
+    if not found:
+        return None
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        return library if getattr(library, f"moec_{name}_interface")() == interface else None
+    except (OSError, AttributeError):
+        return None
+
+
+def run(library: ctypes.CDLL, function: str, job: ctypes.Structure) -> None:
+    """Call ``function`` (job, torch's threads, how many of them). MemoryError or ValueError by its status."""
+    call = getattr(library, function)
+    call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    status = call(ctypes.byref(job), torch_threads(), torch.get_num_threads())
+    if status == 2:
+        raise MemoryError(f"no memory for {function}")
+    if status:
+        raise ValueError(f"{function} refused its arguments (status {status})")
