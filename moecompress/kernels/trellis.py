@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import torch
 
 from moecompress.errors import UserError
 from moecompress.kernels import library
-from moecompress.pack.trellis import RATES, TILE, WINDOW
+from moecompress.pack.trellis import RATES, TABLE_STEP, TILE, WINDOW, table
 
 INTERFACE = 1  # kInterface in trellis.cpp
 
@@ -25,25 +26,28 @@ def available() -> bool:
     return _load() is not None
 
 
-def encode(values: torch.Tensor, table: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles float32 [n, 256] by the table float32 [4096, V] -> (stream uint8 [n, 32 · bits / V], decoded [n, 256]).
-
-    ``bits``: B, appended to the window at each step of V values. The table's rows are numbered by windows whose newest bit
-    is the lowest.
-    """
+def encode(values: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles float32 [n, 256] -> (stream uint8 [n, 32 · rate], decoded [n, 256]); ``rate``: bits a weight, a key of RATES."""
     found = _load()
     if found is None:
         raise UserError("The compiled trellis encoder is missing", remedy="install moecompress where a C++ compiler is")
-    vector = table.shape[1]
-    if (bits, vector) not in RATES.values() or table.shape[0] != 2**WINDOW or values.shape[1:] != (TILE * TILE,):
-        raise ValueError(f"no trellis of {bits} bits a step for tiles {tuple(values.shape)} and a table {tuple(table.shape)}")
+    bits, vector = RATES[rate]
+    if values.shape[1:] != (TILE * TILE,):
+        raise ValueError(f"tiles have {TILE * TILE} weights, not {tuple(values.shape[1:])}")
     values = values.float().contiguous()
-    columns = table.float().T.contiguous()  # (V, 4096)
+    columns = (table(rate).values()[_reversed()].float() * TABLE_STEP).T.contiguous()  # (V, 4096)
     stream = torch.empty(len(values), TILE * TILE // vector * bits // 8, dtype=torch.uint8)
     decoded = torch.empty_like(values)
     job = _Encode(values.data_ptr(), columns.data_ptr(), stream.data_ptr(), decoded.data_ptr(), len(values), bits, vector)
     library.run(found, "moec_trellis_encode", job)
     return stream, decoded
+
+
+@cache
+def _reversed() -> torch.Tensor:
+    """The search numbers windows with the newest bit lowest, the format with the oldest: [4096] from the one to the other."""
+    window = torch.arange(2**WINDOW)
+    return sum(((window >> bit) & 1) << (WINDOW - 1 - bit) for bit in range(WINDOW))
 
 
 def _load() -> ctypes.CDLL | None:

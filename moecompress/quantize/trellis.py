@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.kernels import trellis as search
-from moecompress.pack.trellis import RATES, TABLE_STEP, TILE, TrellisBank, from_tiles, table, to_tiles
+from moecompress.pack.trellis import TILE, TrellisBank, from_tiles, to_tiles
 from moecompress.quantize.rotation import rotate, signs, unrotate
 
 #: Standard deviation given to the weights before the search, by rate: low rates code a smaller ball. Found on normal data.
@@ -54,8 +54,6 @@ def encode(weights: torch.Tensor, hessian: torch.Tensor | None, rate: float, dam
 
 def _search(units: torch.Tensor, feedback: torch.Tensor | None, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Streams uint8 [n, tiles, bytes] and decoded values [n, o, i], column block after column block from the last."""
-    bits, values = RATES[rate]
-    codebook = table(values).float() * TABLE_STEP
     count, rows, cols = units.shape
     decoded, streams = torch.zeros_like(units), []
     for first in reversed(range(0, cols, TILE)):
@@ -64,7 +62,7 @@ def _search(units: torch.Tensor, feedback: torch.Tensor | None, rate: float) -> 
         if feedback is not None and last < cols:
             wanted = wanted + (units[..., last:] - decoded[..., last:]) @ feedback[:, last:, first:last]
         blocks = to_tiles(wanted)
-        stream, found = search.encode(blocks.reshape(-1, TILE * TILE), codebook, bits)
+        stream, found = search.encode(blocks.reshape(-1, TILE * TILE), rate)
         decoded[..., first:last] = from_tiles(found.view_as(blocks), rows, last - first)
         streams.append(stream.view(count, -1, stream.shape[-1]))
     # Tiles are stored row by row; the blocks came column by column, the last first.
