@@ -22,7 +22,8 @@ from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
 from moecompress.quantize.encode import Settings, encode, study
-from moecompress.runtime.packed import PackedBank, PackedLinear, pack_experts_in_place
+from moecompress.runtime.bank import PackedBank, make_bank
+from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
 
 #: Group size of attention, shared-expert and dense matrices at 8 and 4 bits.
 LINEAR_GROUP = 128
@@ -174,11 +175,12 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     contents = {
         p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections
     }
-    filled = _empty_banks(layout, contents, opened.stored_dtype)
+    filled = _empty_banks(layout, contents, opened.stored_dtype, settings.seed)
+    used = [Scheme.parse(name) for name in {name for _, name in members}]
     chunk = chunk_size(layout, calibration.workspace_bytes)
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
         experts_here = [f"{moe.module}.{e}" for e in moments.experts]
-        inputs = {name: study(h, experts_here, settings) for name, h in moments.hessians.items()}
+        inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
         record["fallbacks"] += sorted(
             {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()}
         )
@@ -201,7 +203,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
-    packed = pack_experts_in_place(experts, contents, opened.stored_dtype)
+    packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
     for (projection, name), found in members.items():
         bank = filled[projection, name]
@@ -215,14 +217,14 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     return tensors
 
 
-def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype) -> dict[tuple[str, str], PackedBank]:
-    return {
-        (projection, name): PackedBank(
-            Scheme.parse(name), count, layout.shape(projection)[0], layout.shape(projection)[1], dtype
-        )
-        for projection, schemes in contents.items()
-        for name, count in schemes.items()
-    }
+def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int
+                 ) -> dict[tuple[str, str], PackedBank]:  # fmt: skip
+    banks = {}
+    for projection, schemes in contents.items():
+        rows, cols = layout.shape(projection)
+        for name, count in schemes.items():
+            banks[projection, name] = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed)
+    return banks
 
 
 def _fill(bank: PackedBank, tensors: dict[str, torch.Tensor]) -> None:

@@ -38,8 +38,8 @@ from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice, say
 from moecompress.quantize.encode import Settings
 from moecompress.recipe import Recipe
+from moecompress.runtime.bank import bank_tensors
 from moecompress.runtime.loading import prepare, verify_files
-from moecompress.runtime.packed import bank_tensors
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 from moecompress.transform.stage import Request, transform
 
@@ -81,11 +81,11 @@ class Job:
     @property
     def settings(self) -> Settings:
         q = self.recipe.quantize
-        return Settings(q.method, q.damping, q.order, q.refine, q.allow_fallback)
+        return Settings(q.method, q.damping, q.order, q.refine, q.allow_fallback, q.ternary, self.recipe.compute.seed)
 
     @property
     def schemes(self) -> list[Scheme]:
-        return [Scheme(c.bits, c.group, c.symmetric) for c in self.recipe.allocate.candidates]
+        return [Scheme(c.bits, c.group, c.symmetric, c.code) for c in self.recipe.allocate.candidates]
 
     def fingerprint(self) -> str:
         parts = [FORMAT_VERSION, self.opened.checkpoint.fingerprint(), self.recipe.fingerprint(), self.tokens.fingerprint,
@@ -200,7 +200,7 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         names.setdefault(scheme.name, []).append(name)
     config = dict(opened.checkpoint.config)
     config["quantization_config"] = {"quant_method": METHOD, "version": FORMAT_VERSION, "dtype": dtype,
-                                     "experts": done["contents"], "linears": names}  # fmt: skip
+                                     "experts": done["contents"], "linears": names, "rotation_seed": job.settings.seed}  # fmt: skip
     write_text(out / "config.json", json.dumps(config, indent=2))
     copy_companions(job.folder, out)
     records = out / FOLDER

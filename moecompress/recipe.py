@@ -75,6 +75,8 @@ def _width(value: int) -> int:
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+#: bits a weight of the trellis code (pack/trellis.py)
+TRELLIS_RATES = (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4)
 Width = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_width)]
 
 
@@ -124,19 +126,15 @@ class CalibrationRecipe(_Section):
 
 
 class CandidateRecipe(_Section):
-    """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized and there are no groups."""
+    """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized."""
 
-    bits: Annotated[int, BeforeValidator(_no_bool)]
-    #: columns that share a scale; 0: the whole row
+    #: int: 2, 3, 4, 8; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4; not given for ternary (1.6) and sign (1)
+    bits: Annotated[float, BeforeValidator(_no_bool)]
+    #: int: columns that share a scale; 0: the whole row
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
+    #: int: without zero points
     symmetric: bool = True
-
-    @field_validator("bits")
-    @classmethod
-    def _known_bits(cls, value: int) -> int:
-        if value not in (2, 3, 4, 8, 16):
-            raise ValueError("should be 2, 3, 4, 8 or 16")
-        return value
+    code: Literal["int", "trellis", "ternary", "sign"] = "int"
 
     @field_validator("group")
     @classmethod
@@ -147,15 +145,23 @@ class CandidateRecipe(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _plain_at_16(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("bits") in (16, "16"):
-            return {"group": 0} | value
-        return value
+    def _what_follows(cls, value: Any) -> Any:
+        """Only integers have groups, and some codes only one number of bits."""
+        if not isinstance(value, dict):
+            return value
+        fixed = {"ternary": 1.6, "sign": 1}.get(value.get("code", "int"))
+        if fixed is not None:
+            value = {"bits": fixed} | value
+        grouped = value.get("code", "int") == "int" and value.get("bits") not in (16, "16")
+        return value if grouped else {"group": 0} | value
 
     @model_validator(mode="after")
-    def _no_groups_at_16(self) -> CandidateRecipe:
-        if self.bits == 16 and (self.group != 0 or not self.symmetric):
-            raise ValueError("a 16-bit candidate has neither group nor symmetric")
+    def _known_bits(self) -> CandidateRecipe:
+        known = {"int": (2, 3, 4, 8, 16), "trellis": TRELLIS_RATES, "ternary": (1.6,), "sign": (1,)}[self.code]
+        if self.bits not in known:
+            raise ValueError(f"bits should be {', '.join(f'{bits:g}' for bits in known[:-1])}{' or ' * (len(known) > 1)}{known[-1]:g}")
+        if (self.code != "int" or self.bits == 16) and (self.group != 0 or not self.symmetric):
+            raise ValueError("only a candidate of 2, 3, 4 or 8-bit integers has group and symmetric")
         return self
 
 
@@ -215,6 +221,8 @@ class QuantizeRecipe(_Section):
     shrink: Number = 1.0
     #: quantize to nearest where calibration saw too few tokens, instead of stopping
     allow_fallback: bool = False
+    #: the grid of ternary candidates: each row's own three values, BitNet's mean of magnitudes, or QMoE's {min, 0, max}
+    ternary: Literal["lloyd", "absmean", "qmoe"] = "lloyd"
     attention_bits: Width = 8
     #: shared experts
     shared_bits: Width = 8

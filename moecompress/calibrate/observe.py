@@ -150,11 +150,11 @@ def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Ca
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, sensitivity=True):
         names = [f"{moe.module}.{e}" for e in moments.experts]
         # An expert without a usable Hessian is an error when it is compressed; here its prediction is merely worse.
-        inputs = {name: study(h, names, replace(settings, allow_fallback=True)) for name, h in moments.hessians.items()}
+        inputs = {name: study(h, names, replace(settings, allow_fallback=True), schemes) for name, h in moments.hessians.items()}
         mass = gate_square[moments.experts] + PRIOR_MASS * gate_square.mean()
         for p, projection in enumerate(layout.projections):
             error = expected_error(moments.weights[projection], inputs[moments.source(projection)],
-                                   moments.row_weight[projection], schemes)  # fmt: skip
+                                   moments.row_weight[projection], schemes, settings)  # fmt: skip
             harm[moments.experts, p] = error * mass[:, None]
     return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm}
 
@@ -173,7 +173,7 @@ def round_in_place(experts: nn.Module, layout: ExpertsLayout) -> None:
     for stored in projections(experts, layout).values():
         for expert in range(layout.experts):
             one = stored[expert : expert + 1].float()
-            grid = fit(one, torch.ones(1, one.shape[-1]), PROBE.bits, PROBE.group, PROBE.symmetric)
+            grid = fit(one, torch.ones(1, one.shape[-1]), int(PROBE.bits), PROBE.group, PROBE.symmetric)
             stored[expert] = values(rtn(one, grid), grid)[0].to(stored.dtype)
 
 

@@ -1,4 +1,5 @@
-"""One way to codes: fit a grid, round by GPTQ, then alternate scale refits and coordinate descent."""
+"""One way to codes, for every scheme. Integers: fit a grid, round by GPTQ, then alternate scale refits and coordinate
+descent. Trellis and rows of two or three values: in their own files."""
 
 from __future__ import annotations
 
@@ -7,21 +8,26 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.pack.int_format import IntBank, pack
-from moecompress.pack.scheme import Scheme
-from moecompress.quantize import gptq
+from moecompress.pack.scheme import SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
+from moecompress.pack.trellis import TrellisBank
+from moecompress.quantize import gptq, ternary, trellis
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import factor
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to round. refine: rounds of scale refit and descent after GPTQ. order: activation (large inputs first) or natural."""
+    """How to round. refine: rounds of scale refit and descent after GPTQ. order: activation (large inputs first) or natural.
+    ternary: a kind of grid of quantize/ternary.py. seed: of the trellis's rotation."""
 
     method: str = "gptq"
     damping: float = 0.01
     order: str = "activation"
     refine: int = 2
     allow_fallback: bool = False
+    ternary: str = "lloyd"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,59 +35,88 @@ class Inputs:
     """What error feedback needs to know of the inputs of n matrices; gate and up of an expert share theirs.
 
     hessian [n, i, i]; order [n, i] of processing; upper [n, i, i] inverse Cholesky factor in that order; fallen [n] True
-    where the factorisation failed and the matrix is rounded to nearest.
+    where the factorisation failed and the matrix is rounded to nearest; turned: the same for the trellis, if it is used.
     """
 
     hessian: torch.Tensor
     order: torch.Tensor
     upper: torch.Tensor
     fallen: torch.Tensor
+    turned: trellis.Turned | None = None
 
     def take(self, positions: list[int]) -> Inputs:
         if len(positions) == len(self.hessian):
             return self
-        return Inputs(self.hessian[positions], self.order[positions], self.upper[positions], self.fallen[positions])
+        turned = None if self.turned is None else self.turned.take(positions)
+        return Inputs(self.hessian[positions], self.order[positions], self.upper[positions], self.fallen[positions], turned)
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ)."""
 
-    bank: IntBank
+    bank: IntBank | TrellisBank | TernaryBank | SignBank
     error: torch.Tensor
 
 
-def study(hessian: torch.Tensor, names: list[str], settings: Settings) -> Inputs:
-    """Order and factors of Hessians [n, i, i]; ``names`` for the error message when one cannot be factorised."""
+def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: list[Scheme] | None = None) -> Inputs:
+    """Order and factors of Hessians [n, i, i]; ``names`` for the error message when one cannot be factorised.
+
+    ``schemes``: those that will be asked for (None: any but the trellis); what none of them needs is left out.
+    """
+    codes = {scheme.code for scheme in schemes or [] if scheme.bits != 16}
     order = processing_order(hessian.diagonal(dim1=-2, dim2=-1), settings.order)
-    upper, failed = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
-    fallen = torch.tensor([name in failed for name in names])
-    if failed:  # only the diagonal is believed then: rounding to nearest
+    if codes == {TRELLIS}:
+        upper, fallen = hessian, torch.zeros(len(names), dtype=torch.bool)
+    else:
+        upper, failed = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
+        fallen = torch.tensor([name in failed for name in names])
+    if fallen.any():  # only the diagonal is believed then: rounding to nearest
         diagonal = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1))
         hessian = torch.where(fallen[:, None, None], diagonal, hessian)
-    return Inputs(hessian, order, upper, fallen)
+    turned = None
+    if TRELLIS in codes:
+        turned, unfactored = trellis.study(hessian, names, settings.damping, settings.seed, settings.allow_fallback)
+        fallen = fallen | unfactored
+    return Inputs(hessian, order, upper, fallen, turned)
 
 
 def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
     """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike."""
     experts, _, cols = weights.shape
+    if settings.method == "rtn" and inputs is not None:
+        inputs = None if scheme.code != "int" else inputs
+    if scheme.code == TRELLIS:
+        turned = trellis.alike(experts, cols) if inputs is None or inputs.turned is None else inputs.turned
+        coded = trellis.encode(weights, turned, scheme.bits, settings.seed)
+        return Encoded(coded.bank, coded.error)
+    if scheme.code in (TERNARY, SIGN):
+        return _few_values(weights, inputs, scheme, settings)
+    bits = int(scheme.bits)
     if inputs is None or settings.method == "rtn":
         hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
-        grid = fit(weights, hessian.diagonal(dim1=-2, dim2=-1), scheme.bits, scheme.group, scheme.symmetric)
+        grid = fit(weights, hessian.diagonal(dim1=-2, dim2=-1), bits, scheme.group, scheme.symmetric)
         codes = gptq.rtn(weights, grid)
     else:
         hessian = inputs.hessian
         grid, codes = _feedback(weights, inputs, scheme, settings)
     lost = gptq.row_errors(weights, hessian, gptq.values(codes, grid)).sum(-1)
     whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
-    bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, scheme.bits, scheme.group)
+    bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, bits, scheme.group)
     return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
+    coded = ternary.encode(weights, inputs, "sign" if scheme.code == SIGN else settings.ternary, settings.refine)
+    if scheme.code == SIGN:
+        return Encoded(pack_signs((coded.trits == 2).to(torch.uint8), coded.levels[..., 1]), coded.error)
+    return Encoded(pack_ternary(coded.trits, coded.levels), coded.error)
 
 
 def _feedback(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> tuple[Grid, torch.Tensor]:
     hessian, cols = inputs.hessian, weights.shape[-1]
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    grid = fit(weights, diagonal, scheme.bits, scheme.group, scheme.symmetric)
+    grid = fit(weights, diagonal, int(scheme.bits), scheme.group, scheme.symmetric)
     codes = gptq.gptq(weights, inputs.upper, inputs.order, grid)
     # The descent optimises the Hessian itself; damping keeps it from chasing directions that calibration never saw.
     damped = hessian + torch.diag_embed(
@@ -107,23 +142,34 @@ def permuted(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return rows.gather(2, order[:, None, :].expand(-1, size, -1))
 
 
-def expected_error(
-    weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme]
-) -> torch.Tensor:
-    """Expected output error [n, C] of each scheme under GPTQ, without running GPTQ.
+def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme],
+                   settings: Settings) -> torch.Tensor:  # fmt: skip
+    """Expected output error [n, C] of each scheme under GPTQ or the trellis search, without running either.
 
     Error feedback turns tr(Δ H Δᵀ) into Σ_j D_j δ_j² with D the diagonal of the LDL factorisation of H in the order of
     processing and δ_j plain rounding errors of column j (they are nearly uniform on the grid cell, so those of the
     original weights stand for those of the updated ones). row_weight [n, o] converts rows to the expert's output.
     """
-    diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1)
-    pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
-    column_cost = torch.empty_like(pivots).scatter_(1, inputs.order, pivots)
     result = torch.zeros(len(weights), len(schemes), dtype=torch.float64)
-    for index, scheme in enumerate(schemes):
-        if scheme.bits == 16:
-            continue
-        grid = fit(weights, diagonal, scheme.bits, scheme.fitted(weights.shape[-1]).group, scheme.symmetric)
-        rounding = (weights - gptq.values(gptq.rtn(weights, grid), grid)).square()
-        result[:, index] = torch.einsum("noi,no,ni->n", rounding, row_weight, column_cost).double()
+    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code != TRELLIS]
+    if rounded:
+        pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
+        column_cost = torch.empty_like(pivots).scatter_(1, inputs.order, pivots)
+    for index in rounded:
+        off = (weights - _nearest(weights, inputs, schemes[index], settings)).square()
+        result[:, index] = torch.einsum("noi,no,ni->n", off, row_weight, column_cost).double()
+    searched = [index for index, scheme in enumerate(schemes) if scheme.code == TRELLIS]
+    if searched:
+        assert inputs.turned is not None
+        rates = [schemes[index].bits for index in searched]
+        result[:, searched] = trellis.expected_error(weights, inputs.turned, row_weight, rates)
     return result
+
+
+def _nearest(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> torch.Tensor:
+    if scheme.code in (TERNARY, SIGN):
+        levels = ternary.fit(weights, "sign" if scheme.code == SIGN else settings.ternary)
+        return ternary.values(ternary.rtn(weights, levels), levels)
+    diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1)
+    grid = fit(weights, diagonal, int(scheme.bits), scheme.fitted(weights.shape[-1]).group, scheme.symmetric)
+    return gptq.values(gptq.rtn(weights, grid), grid)

@@ -40,35 +40,34 @@ def factor(hessian: torch.Tensor, damping: float, names: list[str], allow_fallba
     Where the factorisation fails, damping is raised tenfold up to four times. After that it is a UserError that names the
     expert, unless ``allow_fallback``: then that expert gets the identity (round to nearest) and is named in the result.
     """
-    size = hessian.shape[-1]
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1).clamp_min(torch.finfo(torch.float32).tiny * size)
     upper = torch.empty_like(hessian)
-    fallen = []
+    identity, fallen = torch.eye(hessian.shape[-1]), []
     for index, name in enumerate(names):
-        found = _factor_one(hessian[index], float(mean[index]), damping)
-        if found is None:
-            if not allow_fallback:
-                raise UserError(f"The Hessian of {name} cannot be factorised", expected="a positive definite matrix",
-                                got=f"failure at damping {damping * 10**(DAMPING_TRIES - 1):g}",
-                                remedy="use more calibration text, raise quantize.damping, or pass --allow-fallback to "
-                                       "round this expert to nearest")  # fmt: skip
+        # H = V Vᵀ with V upper (the Cholesky factor seen from the last column), so H⁻¹ = UᵀU with U = V⁻¹.
+        lower = damped_cholesky(hessian[index].flip(0, 1), damping)
+        if lower is None:
+            refuse(name, damping, allow_fallback)
             fallen.append(name)
-            found = torch.eye(size)
-        upper[index] = found
+            upper[index] = identity
+        else:
+            upper[index] = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return upper, fallen
 
 
-def _factor_one(hessian: torch.Tensor, mean: float, damping: float) -> torch.Tensor | None:
-    """One factorisation and one triangular inverse: H = V Vᵀ with V upper (the Cholesky factor seen from the last column),
-    so H⁻¹ = UᵀU with U = V⁻¹."""
-    identity = torch.eye(len(hessian))
+def damped_cholesky(hessian: torch.Tensor, damping: float) -> torch.Tensor | None:
+    """Lower factor of H + λI for H [i, i], λ = damping · mean diag H, raised tenfold up to four times; None if that fails."""
+    mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny * len(hessian))
     for attempt in range(DAMPING_TRIES):
-        damped = (hessian + identity * (mean * damping * 10**attempt)).flip(0, 1)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            continue
-        upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-        if torch.isfinite(upper).all():
-            return upper
+        lower, failed = torch.linalg.cholesky_ex(hessian + torch.eye(len(hessian)) * (mean * damping * 10**attempt))
+        if not failed and torch.isfinite(lower).all() and lower.diagonal().min() > 0:
+            return lower
     return None
+
+
+def refuse(name: str, damping: float, allow_fallback: bool) -> None:
+    """UserError that names the expert whose Hessian has no factor, unless a fallback is allowed."""
+    if not allow_fallback:
+        raise UserError(f"The Hessian of {name} cannot be factorised", expected="a positive definite matrix",
+                        got=f"failure at damping {damping * 10**(DAMPING_TRIES - 1):g}",
+                        remedy="use more calibration text, raise quantize.damping, or pass --allow-fallback to "
+                               "round this expert to nearest")  # fmt: skip

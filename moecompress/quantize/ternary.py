@@ -7,11 +7,14 @@ thresholds a row, which stay when the levels are refitted. Shapes: E experts, o 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from moecompress.quantize.encode import Inputs
 from moecompress.quantize.gptq import feedback, row_errors
+
+if TYPE_CHECKING:
+    from moecompress.quantize.encode import Inputs
 
 KINDS = ("absmean", "lloyd", "qmoe", "sign")
 LLOYD_STEPS = 30

@@ -43,7 +43,7 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
     for name, contents in config.experts.items():
         name = resolve(model, name)
         module: Any = model.get_submodule(name)
-        pack_experts_in_place(module, contents, dtype)
+        pack_experts_in_place(module, contents, dtype, config.rotation_seed)
         # Some families initialise the experts from the block around them, and would miss the weights that went.
         model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         module.config._experts_implementation = seam.NAME

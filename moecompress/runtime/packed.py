@@ -1,4 +1,4 @@
-"""Modules that compute on packed weights: a bank of matrices, the experts of a layer, a single linear layer."""
+"""Modules that compute on packed weights: the experts of a layer, a single linear layer."""
 
 from __future__ import annotations
 
@@ -6,86 +6,27 @@ import torch
 from torch import nn
 
 from moecompress.errors import UserError
-from moecompress.kernels import grouped_matmul
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
-from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.scheme import Scheme
+from moecompress.runtime.bank import make_bank, turn, turn_back
 from moecompress.runtime.dispatch import by_expert, crowded
-
-
-class PackedBank(nn.Module):
-    """n matrices (rows × cols) of one scheme. Buffers are exactly the tensors of SPEC.md section 1."""
-
-    def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype):
-        super().__init__()
-        self.scheme, self.rows, self.cols = scheme, rows, cols
-        for name, (kind, shape) in bank_tensors(scheme, count, rows, cols, dtype).items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind))
-
-    def bank(self) -> IntBank:
-        return IntBank(self.codes, self.row_scales, getattr(self, "scales", None), getattr(self, "zeros", None),
-                       self.scheme.bits, self.scheme.group, self.cols)  # fmt: skip
-
-    def dequantized(self, dtype: torch.dtype, index: torch.Tensor | None = None) -> torch.Tensor:
-        """[n, rows, cols]"""
-        if self.scheme.bits == 16:
-            return (self.weight if index is None else self.weight[index]).to(dtype)
-        return dequantize(self.bank(), dtype, index)
-
-    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """x [S, cols], slots [S] (which matrix, −1 for none) -> [S, rows], zero rows for −1."""
-        if self.scheme.bits == 16:
-            return grouped_dense(x, slots, self.weight)
-        return grouped_matmul(x, slots, self.bank())
-
-
-@torch.library.custom_op("moecompress::grouped_dense", mutates_args=())
-def grouped_dense(x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The same for matrices kept at 16 bits: x [S, cols], slots [S], weight [n, rows, cols] -> [S, rows]."""
-    y = x.new_zeros(x.shape[0], weight.shape[1])
-    for slot in slots.unique().tolist():
-        if slot >= 0:
-            rows = (slots == slot).nonzero().squeeze(1)
-            y[rows] = x[rows] @ weight[slot].to(x.dtype).T
-    return y
-
-
-@grouped_dense.register_fake
-def _(x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype
-                 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:  # fmt: skip
-    """Names, dtypes and shapes of a bank's tensors."""
-    if scheme.bits == 16:
-        return {"weight": (dtype, (count, rows, cols))}
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "codes": (torch.uint8, (count, rows, row_bytes(cols, scheme.bits))),
-        "row_scales": (torch.bfloat16, (count, rows)),
-    }
-    if scheme.group:
-        tensors["scales"] = (torch.uint8, (count, rows, groups(cols, scheme.group)))
-    if not scheme.symmetric:
-        tensors["zeros"] = (torch.uint8, (count, rows, zero_bytes(cols, scheme.bits, scheme.group)))
-    return tensors
 
 
 class PackedExperts(nn.Module):
     """The routed experts of one layer: for each projection, one bank a scheme and the list of experts in it.
 
     ``contents``: projection -> scheme name -> number of experts. Which experts is data: the buffer ``<bank>.experts``.
+    ``seed``: of the rotation, one for the whole model, so that gate and up of all experts share the rotated input.
     """
 
-    def __init__(self, layout: ExpertsLayout, contents: dict[str, dict[str, int]], dtype: torch.dtype):
+    def __init__(self, layout: ExpertsLayout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int = 0):
         super().__init__()
-        self.layout = layout
-        self.contents = contents
+        self.layout, self.contents, self.seed = layout, contents, seed
         for projection, schemes in contents.items():
             rows, cols = layout.shape(projection)
             banks = nn.ModuleDict()
             for name, count in schemes.items():
-                bank = PackedBank(Scheme.parse(name), count, rows, cols, dtype)
+                bank = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed)
                 bank.register_buffer("experts", torch.empty(count, dtype=torch.int32))
                 banks[name] = bank
             self.add_module(f"{projection}_banks", banks)
@@ -113,14 +54,25 @@ class PackedExperts(nn.Module):
             self._slots[key] = table
         return self._slots[key]
 
-    def project(self, projection: str, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        """x [S, in], expert [S] -> [S, out], each row by its expert's matrix."""
-        total = None
+    def project(self, projection: str, x: torch.Tensor, expert: torch.Tensor, turned: torch.Tensor | None = None
+                ) -> torch.Tensor:  # fmt: skip
+        """x [S, in], expert [S] -> [S, out], each row by its expert's matrix. ``turned``: x rotated, where any bank turns."""
+        straight = back = None
         for name, bank in self.banks(projection).items():
-            part = bank.matmul(x, self.slot_table(projection, name, x.device)[expert])
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+            part = bank.matmul(turned if bank.turns else x, self.slot_table(projection, name, x.device)[expert])
+            if bank.turns:
+                back = part if back is None else back + part
+            else:
+                straight = part if straight is None else straight + part
+        if back is None:
+            assert straight is not None
+            return straight
+        y = turn_back(back, self.seed).to(x.dtype)  # once for all banks: each left the others' rows at zero
+        return y if straight is None else y + straight
+
+    def turned(self, projection: str, x: torch.Tensor) -> torch.Tensor | None:
+        """x rotated if any bank of the projection wants that."""
+        return turn(x, self.seed) if any(bank.turns for bank in self.banks(projection).values()) else None
 
     def dequantized(self, projection: str, dtype: torch.dtype) -> torch.Tensor:
         """[E, out, in]"""
@@ -140,11 +92,14 @@ class PackedExperts(nn.Module):
         if crowded(chosen, self.layout.experts):
             return by_expert(module, self.layout, self._matmul, hidden, chosen, weights)
         expert = chosen.reshape(-1).clamp(max=self.layout.experts)
-        x = hidden.repeat_interleave(top_k, dim=0)
-        gate = self.project(GATE, x, expert) if self.layout.gated else None
+        x, turned = hidden.repeat_interleave(top_k, dim=0), None
+        for projection in self.layout.projections[:-1]:
+            if turned is None and (one := self.turned(projection, hidden)) is not None:  # each token once
+                turned = one.repeat_interleave(top_k, dim=0)
+        gate = self.project(GATE, x, expert, turned) if self.layout.gated else None
         known = expert.clamp(max=self.layout.experts - 1)  # sentinels have weight zero; any bias will do
-        inner = activate(module, self.layout, gate, self.project(UP, x, expert), known)
-        y = self.project(DOWN, inner.to(x.dtype), expert)
+        inner = activate(module, self.layout, gate, self.project(UP, x, expert, turned), known).to(x.dtype)
+        y = self.project(DOWN, inner, expert, self.turned(DOWN, inner))
         if getattr(module, "has_bias", False):
             y = y + module.down_proj_bias[known].to(y.dtype)
         if getattr(module, "has_post_expert_norm", False):
@@ -157,7 +112,10 @@ class PackedExperts(nn.Module):
         for name, bank in self.banks(projection).items():
             slot = int(self.slot_table(projection, name, x.device)[expert])
             if slot >= 0:
-                return bank.matmul(x, torch.full((len(x),), slot, dtype=torch.int32, device=x.device))
+                slots = torch.full((len(x),), slot, dtype=torch.int32, device=x.device)
+                if not bank.turns:
+                    return bank.matmul(x, slots)
+                return turn_back(bank.matmul(turn(x, self.seed), slots), self.seed).to(x.dtype)
         raise AssertionError(f"expert {expert} is in no bank of {projection}")
 
 
@@ -167,7 +125,7 @@ class PackedLinear(nn.Module):
     def __init__(self, scheme: Scheme, rows: int, cols: int, bias: bool, dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features = cols, rows
-        self.packed = PackedBank(scheme, 1, rows, cols, dtype)
+        self.packed = make_bank(scheme, 1, rows, cols, dtype)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
         self._is_hf_initialized = True
 
@@ -188,7 +146,8 @@ class PackedLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.packed.scheme.name}"
 
 
-def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]], dtype: torch.dtype) -> PackedExperts:
+def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int
+                          ) -> PackedExperts:  # fmt: skip
     """Turn an experts module into a packed one: its weight parameters go, banks come, everything else stays.
 
     The guard: a parameter under the name of a weight, with a shape that cannot match. A transformers without moecompress
@@ -196,7 +155,7 @@ def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]]
     dimensions because some families transpose whatever comes under that name.
     """
     layout = layout_of(module)
-    packed = PackedExperts(layout, contents, dtype)
+    packed = PackedExperts(layout, contents, dtype, seed)
     for name in layout.parameters:
         del module._parameters[name]
     module.down_proj = nn.Parameter(torch.zeros(1, 1, 1, dtype=torch.uint8), requires_grad=False)

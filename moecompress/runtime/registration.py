@@ -21,16 +21,18 @@ class MoecompressConfig(QuantizationConfigMixin):
     """What config.json says of a compressed checkpoint.
 
     experts: experts module -> projection -> scheme -> how many experts. linears: scheme -> names of linear layers.
-    dtype: name of the dtype of what is kept. verify: compare every file with its sha256 in the manifest when loading.
+    dtype: name of the dtype of what is kept. rotation_seed: of the signs of the trellis format. verify:
+    compare every file with its sha256 in the manifest when loading.
     """
 
     def __init__(self, experts: dict | None = None, linears: dict | None = None, dtype: str = "bfloat16",
-                 version: int = FORMAT_VERSION, verify: bool = True, **_: Any):  # fmt: skip
+                 version: int = FORMAT_VERSION, rotation_seed: int = 0, verify: bool = True, **_: Any):  # fmt: skip
         self.quant_method = METHOD
         self.version = version
         self.dtype = dtype
         self.experts = experts or {}
         self.linears = linears or {}
+        self.rotation_seed = rotation_seed
         self.verify = verify
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -38,7 +40,7 @@ class MoecompressConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "version": self.version, "dtype": self.dtype, "experts": self.experts,
-                "linears": self.linears}  # fmt: skip
+                "linears": self.linears, "rotation_seed": self.rotation_seed}  # fmt: skip
 
 
 @register_quantizer(METHOD)

@@ -19,7 +19,7 @@ def blocks(size: int) -> list[int]:
     return [BLOCK] * (size // BLOCK) + [1 << bit for bit in range(BLOCK.bit_length() - 2, -1, -1) if rest >> bit & 1]
 
 
-def signs(size: int, seed: int) -> torch.Tensor:
+def signs(size: int, seed: int = 0) -> torch.Tensor:
     """float32 [size] of ±1 from a seed, by integer arithmetic, so that every machine makes the same."""
     x = scramble(torch.arange(1, size + 1, dtype=torch.int64) + (seed << 20))
     return 1.0 - 2.0 * ((x >> 13) & 1).float()

@@ -1,0 +1,142 @@
+"""Banks: n matrices of one shape and one scheme as a module, whose buffers are exactly the tensors of SPEC.md."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from moecompress.kernels import grouped_matmul
+from moecompress.pack import ternary, trellis
+from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
+from moecompress.pack.rotation import rotate, signs, unrotate
+from moecompress.pack.scheme import SIGN, TERNARY, TRELLIS, Scheme
+
+Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class PackedBank(nn.Module):
+    """n matrices (rows × cols). Subclasses know a format; `make_bank` chooses. ``turns``: x and y of `matmul` are rotated."""
+
+    turns = False
+
+    def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0):
+        super().__init__()
+        self.scheme, self.rows, self.cols, self.seed = scheme, rows, cols, seed
+        for name, (kind, shape) in bank_tensors(scheme, count, rows, cols, dtype).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind))
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """[n, rows, cols]"""
+        raise NotImplementedError
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """x [S, cols], slots [S] (which matrix, −1 for none) -> [S, rows], zero rows for −1."""
+        raise NotImplementedError
+
+
+class IntegerBank(PackedBank):
+    def bank(self) -> IntBank:
+        return IntBank(self.codes, self.row_scales, getattr(self, "scales", None), getattr(self, "zeros", None),
+                       int(self.scheme.bits), self.scheme.group, self.cols)  # fmt: skip
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize(self.bank(), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return grouped_matmul(x, slots, self.bank())
+
+
+class DenseBank(PackedBank):
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return grouped_dense(x, slots, self.weight)
+
+
+class TrellisBank(PackedBank):
+    turns = True
+
+    def bank(self) -> trellis.TrellisBank:
+        return trellis.TrellisBank(self.stream, self.scales, self.scheme.bits, self.rows, self.cols)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        turned = trellis.dequantize(self.bank())
+        back = turn_back(turned.transpose(1, 2), self.seed).transpose(1, 2)
+        return turn_back(back, self.seed).to(dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return grouped_dense(x, slots, trellis.dequantize(self.bank()).to(x.dtype))
+
+
+class ThreeValued(PackedBank):
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.scheme.code == SIGN:
+            return ternary.dequantize(ternary.SignBank(self.codes, self.scales, self.cols), dtype)
+        return ternary.dequantize(ternary.TernaryBank(self.codes, self.levels, self.cols), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return grouped_dense(x, slots, self.dequantized(x.dtype))
+
+
+def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> PackedBank:
+    """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation."""
+    kinds = {TRELLIS: TrellisBank, TERNARY: ThreeValued, SIGN: ThreeValued}
+    kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
+    return kind(scheme, count, rows, cols, dtype, seed)
+
+
+def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype) -> Tensors:
+    """Names, dtypes and shapes of a bank's tensors."""
+    if scheme.bits == 16:
+        return {"weight": (dtype, (count, rows, cols))}
+    if scheme.code == TRELLIS:
+        down, across = trellis.tiles(rows, cols)
+        return {"stream": (torch.uint8, (count, down * across, int(32 * scheme.bits))), "scales": (torch.float32, (count,))}
+    if scheme.code == TERNARY:
+        return {"codes": (torch.uint8, (count, rows, -(-cols // 5))), "levels": (torch.bfloat16, (count, rows, 2))}
+    if scheme.code == SIGN:
+        return {"codes": (torch.uint8, (count, rows, -(-cols // 8))), "scales": (torch.bfloat16, (count, rows))}
+    bits = int(scheme.bits)
+    tensors: Tensors = {
+        "codes": (torch.uint8, (count, rows, row_bytes(cols, bits))),
+        "row_scales": (torch.bfloat16, (count, rows)),
+    }
+    if scheme.group:
+        tensors["scales"] = (torch.uint8, (count, rows, groups(cols, scheme.group)))
+    if not scheme.symmetric:
+        tensors["zeros"] = (torch.uint8, (count, rows, zero_bytes(cols, bits, scheme.group)))
+    return tensors
+
+
+def turn(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """What banks that ``turn`` take: the last dimension of x rotated, float32."""
+    return rotate(x.float(), _signs(x.shape[-1], seed, x.device))
+
+
+def turn_back(y: torch.Tensor, seed: int) -> torch.Tensor:
+    """The inverse, for what they give."""
+    return unrotate(y.float(), _signs(y.shape[-1], seed, y.device))
+
+
+@cache
+def _signs(size: int, seed: int, device: torch.device) -> torch.Tensor:
+    return signs(size, seed).to(device)
+
+
+@torch.library.custom_op("moecompress::grouped_dense", mutates_args=())
+def grouped_dense(x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same for matrices that are not packed: x [S, cols], slots [S], weight [n, rows, cols] -> [S, rows]."""
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for slot in slots.unique().tolist():
+        if slot >= 0:
+            rows = (slots == slot).nonzero().squeeze(1)
+            y[rows] = x[rows] @ weight[slot].to(x.dtype).T
+    return y
+
+
+@grouped_dense.register_fake
+def _(x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
