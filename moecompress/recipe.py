@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -128,13 +129,22 @@ class CalibrationRecipe(_Section):
 class CandidateRecipe(_Section):
     """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized."""
 
+    code: Literal["int", "trellis", "ternary", "sign"] = "int"
     #: int: 2, 3, 4, 8; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4; not given for ternary (1.6) and sign (1)
     bits: Annotated[float, BeforeValidator(_no_bool)]
     #: int: columns that share a scale; 0: the whole row
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
     #: int: without zero points
     symmetric: bool = True
-    code: Literal["int", "trellis", "ternary", "sign"] = "int"
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, value: float, info: ValidationInfo) -> float:
+        known = {"trellis": TRELLIS_RATES, "ternary": (1.6,), "sign": (1,)}.get(info.data.get("code", "int"), (2, 3, 4, 8, 16))
+        if value not in known:
+            *others, last = (f"{bits:g}" for bits in known)
+            raise ValueError("should be " + (f"{', '.join(others)} or {last}" if others else last))
+        return value
 
     @field_validator("group")
     @classmethod
@@ -156,10 +166,7 @@ class CandidateRecipe(_Section):
         return value if grouped else {"group": 0} | value
 
     @model_validator(mode="after")
-    def _known_bits(self) -> CandidateRecipe:
-        known = {"int": (2, 3, 4, 8, 16), "trellis": TRELLIS_RATES, "ternary": (1.6,), "sign": (1,)}[self.code]
-        if self.bits not in known:
-            raise ValueError(f"bits should be {', '.join(f'{bits:g}' for bits in known[:-1])}{' or ' * (len(known) > 1)}{known[-1]:g}")
+    def _only_integers_have_groups(self) -> CandidateRecipe:
         if (self.code != "int" or self.bits == 16) and (self.group != 0 or not self.symmetric):
             raise ValueError("only a candidate of 2, 3, 4 or 8-bit integers has group and symmetric")
         return self

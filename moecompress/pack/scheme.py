@@ -28,7 +28,7 @@ class Scheme:
             return f"t{self.bits:g}".replace(".", "_")
         if self.code != INT:
             return self.code
-        return "b16" if self.bits == 16 else f"b{self.bits}g{self.group}{'s' if self.symmetric else 'a'}"
+        return "b16" if self.bits == 16 else f"b{self.bits:g}g{self.group}{'s' if self.symmetric else 'a'}"
 
     @classmethod
     def parse(cls, name: str) -> Scheme:

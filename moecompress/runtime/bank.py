@@ -68,7 +68,12 @@ class TrellisBank(PackedBank):
         return turn_back(back, self.seed).to(dtype)
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return grouped_dense(x, slots, trellis.dequantize(self.bank()).to(x.dtype))
+        y = x.new_zeros(len(x), self.rows)
+        for slot in slots.unique().tolist():
+            if slot >= 0:
+                bank = trellis.TrellisBank(self.stream[slot : slot + 1], self.scales[slot : slot + 1], self.scheme.bits, self.rows, self.cols)
+                y[slots == slot] = x[slots == slot] @ trellis.dequantize(bank)[0].T
+        return y
 
 
 class ThreeValued(PackedBank):
