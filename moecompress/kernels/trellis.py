@@ -9,7 +9,7 @@ import torch
 
 from moecompress.errors import UserError
 from moecompress.kernels import library
-from moecompress.pack.trellis import RATES, TABLE_STEP, TILE, WINDOW, table
+from moecompress.pack.trellis import RATES, TABLE_STEP, TILE, WINDOW, table, tile_bytes
 
 INTERFACE = 1  # kInterface in trellis.cpp
 
@@ -32,11 +32,11 @@ def encode(values: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tenso
     if found is None:
         raise UserError("The compiled trellis encoder is missing", remedy="install moecompress where a C++ compiler is")
     bits, vector = RATES[rate]
-    if values.shape[1:] != (TILE * TILE,):
-        raise ValueError(f"tiles have {TILE * TILE} weights, not {tuple(values.shape[1:])}")
+    if values.shape[1:] != (TILE,):
+        raise ValueError(f"tiles have {TILE} weights, not {tuple(values.shape[1:])}")
     values = values.float().contiguous()
     columns = (table(rate).values()[_reversed()].float() * TABLE_STEP).T.contiguous()  # (V, 4096)
-    stream = torch.empty(len(values), TILE * TILE // vector * bits // 8, dtype=torch.uint8)
+    stream = torch.empty(len(values), tile_bytes(rate), dtype=torch.uint8)
     decoded = torch.empty_like(values)
     job = _Encode(values.data_ptr(), columns.data_ptr(), stream.data_ptr(), decoded.data_ptr(), len(values), bits, vector)
     library.run(found, "moec_trellis_encode", job)

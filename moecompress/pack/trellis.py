@@ -1,4 +1,4 @@
-"""Format ``trellis``: tiles of 16 × 16 weights as circular bit streams through a shared table (SPEC.md, section 9).
+"""Format ``trellis``: tiles of 256 weights as circular bit streams through a shared table (SPEC.md, section 9).
 
 A pair of pure functions, `pack` and `dequantize`, and the sizes they imply. Nothing here searches for a stream; that is
 kernels/trellis.py. The code is QTIP's bitshift trellis (arXiv:2406.11235) with windows of 12 bits.
@@ -16,7 +16,8 @@ from moecompress.errors import UserError
 from moecompress.pack.fields import demand, unpack_plane
 
 WINDOW = 12
-TILE = 16  # rows and columns
+TILE = 256  # weights
+ROW_STEPS = 4  # of a tile: a row of a tile is what four steps give, so that a kernel adds four products a row and value
 #: rate in bits a weight -> (bits, values) of a step
 RATES: dict[float, tuple[int, int]] = {0.5: (1, 2), 0.75: (3, 4), 1: (2, 2), 1.25: (5, 4), 1.5: (3, 2), 2: (4, 2), 2.5: (5, 2),
                                        3: (3, 1), 4: (4, 1)}  # fmt: skip
@@ -37,15 +38,26 @@ class TrellisBank:
         return {"stream": self.stream, "scales": self.scales}
 
 
-def tiles(rows: int, cols: int) -> tuple[int, int]:
-    """Tiles down and across: both sides are padded to multiples of 16."""
-    return -(-rows // TILE), -(-cols // TILE)
+def tile_shape(rate: float) -> tuple[int, int]:
+    """Rows and columns of a tile: 64 × 4, 32 × 8 or 16 × 16. Narrow, since feedback works between tiles and not inside."""
+    cols = ROW_STEPS * RATES[rate][1]
+    return TILE // cols, cols
+
+
+def tiles(rows: int, cols: int, rate: float) -> tuple[int, int]:
+    """Tiles down and across: both sides are padded to multiples of a tile's."""
+    high, wide = tile_shape(rate)
+    return -(-rows // high), -(-cols // wide)
 
 
 def stored_bytes(rows: int, cols: int, rate: float) -> int:
     """Exact bytes of one matrix in a bank."""
-    down, across = tiles(rows, cols)
-    return down * across * int(TILE * TILE * rate) // 8 + 4
+    down, across = tiles(rows, cols, rate)
+    return down * across * tile_bytes(rate) + 4
+
+
+def tile_bytes(rate: float) -> int:
+    return int(TILE * rate) // 8
 
 
 def scramble(numbers: Tensor) -> Tensor:
@@ -87,18 +99,19 @@ def table(rate: float) -> Table:
     return Table(halves[:values], halves[4 : 4 + values], levels)
 
 
-def to_tiles(weights: Tensor) -> Tensor:
+def to_tiles(weights: Tensor, rate: float) -> Tensor:
     """(n, rows, cols) -> (n, tiles, 256), tiles row by row, weights row by row inside a tile; padded with zeros."""
-    down, across = tiles(*weights.shape[1:])
-    padded = torch.nn.functional.pad(weights, (0, across * TILE - weights.shape[2], 0, down * TILE - weights.shape[1]))
-    return padded.unflatten(2, (across, TILE)).unflatten(1, (down, TILE)).transpose(2, 3).reshape(len(weights), -1, TILE * TILE)
+    count, rows, cols = weights.shape
+    (down, across), (high, wide) = tiles(rows, cols, rate), tile_shape(rate)
+    padded = torch.nn.functional.pad(weights, (0, across * wide - cols, 0, down * high - rows))
+    return padded.unflatten(2, (across, wide)).unflatten(1, (down, high)).transpose(2, 3).reshape(count, -1, TILE)
 
 
-def from_tiles(values: Tensor, rows: int, cols: int) -> Tensor:
+def from_tiles(values: Tensor, rows: int, cols: int, rate: float) -> Tensor:
     """The inverse of `to_tiles`."""
-    down, across = tiles(rows, cols)
-    grid = values.view(-1, down, across, TILE, TILE).transpose(2, 3)
-    return grid.reshape(-1, down * TILE, across * TILE)[:, :rows, :cols]
+    (down, across), (high, wide) = tiles(rows, cols, rate), tile_shape(rate)
+    grid = values.view(-1, down, across, high, wide).transpose(2, 3)
+    return grid.reshape(-1, down * high, across * wide)[:, :rows, :cols]
 
 
 def windows(stream: Tensor, bits: int) -> Tensor:
@@ -117,14 +130,14 @@ def dequantize(bank: TrellisBank) -> Tensor:
     check(bank)
     bits, _ = RATES[bank.rate]
     values = table(bank.rate).values().to(bank.stream.device)[windows(bank.stream, bits)].flatten(-2).float() * TABLE_STEP
-    return from_tiles(values, bank.rows, bank.cols) * bank.scales[:, None, None]
+    return from_tiles(values, bank.rows, bank.cols, bank.rate) * bank.scales[:, None, None]
 
 
 def check(bank: TrellisBank) -> None:
     """Raise UserError, naming the tensor, unless every tensor has the shape and dtype that the format demands."""
     if bank.rate not in RATES:
         raise UserError(f"the format trellis has no rate {bank.rate}", expected=f"one of {sorted(RATES)}", got=bank.rate)
-    down, across = tiles(bank.rows, bank.cols)
-    size = (len(bank.scales), down * across, int(TILE * TILE * bank.rate) // 8)
+    down, across = tiles(bank.rows, bank.cols, bank.rate)
+    size = (len(bank.scales), down * across, tile_bytes(bank.rate))
     demand("stream", bank.stream, torch.uint8, size)
     demand("scales", bank.scales, torch.float32, size[:1])

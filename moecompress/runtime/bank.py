@@ -98,8 +98,8 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
     if scheme.bits == 16:
         return {"weight": (dtype, (count, rows, cols))}
     if scheme.code == TRELLIS:
-        down, across = trellis.tiles(rows, cols)
-        return {"stream": (torch.uint8, (count, down * across, int(32 * scheme.bits))), "scales": (torch.float32, (count,))}
+        down, across = trellis.tiles(rows, cols, scheme.bits)
+        return {"stream": (torch.uint8, (count, down * across, trellis.tile_bytes(scheme.bits))), "scales": (torch.float32, (count,))}
     if scheme.code == TERNARY:
         return {"codes": (torch.uint8, (count, rows, -(-cols // 5))), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == SIGN:

@@ -104,15 +104,14 @@ def test_feedback_lowers_the_output_error() -> None:
     assert error(straight(fed)) < 0.8 * error(straight(encode(weights, None, 2)))
 
 
-def test_block_feedback_factorises_the_hessian() -> None:
+@pytest.mark.parametrize("wide", [4, 16])
+def test_block_feedback_factorises_the_hessian(wide: int) -> None:
     x = torch.randn(100, 40, dtype=torch.float64)
     hessian = (x.T @ x)[None]
-    feedback, trace = block_feedback(torch.linalg.cholesky(hessian))
-    lower = feedback + torch.eye(40)
+    lower = block_feedback(torch.linalg.cholesky(hessian), wide) + torch.eye(40)
     inner = torch.linalg.solve(lower, torch.linalg.solve(lower, hessian).transpose(1, 2))[0]
-    assert float(trace) == pytest.approx(float(inner.trace()), rel=1e-5)
-    for first in range(0, 40, 16):
-        inner[first : first + 16, first : first + 16] = 0
+    for first in range(0, 40, wide):
+        inner[first : first + wide, first : first + wide] = 0
     assert inner.abs().max() < 1e-9 * hessian.abs().max()
     assert torch.equal(lower.triu(1), torch.zeros_like(lower))
 
