@@ -11,7 +11,7 @@ from moecompress.errors import UserError
 from moecompress.kernels import library
 from moecompress.pack.trellis import RATES, TABLE_STEP, TILE, WINDOW, table, tile_bytes
 
-INTERFACE = 1  # kInterface in trellis.cpp
+INTERFACE = 2  # kInterface in trellis.cpp
 
 
 class _Encode(ctypes.Structure):
@@ -35,7 +35,8 @@ def encode(values: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tenso
     if values.shape[1:] != (TILE,):
         raise ValueError(f"tiles have {TILE} weights, not {tuple(values.shape[1:])}")
     values = values.float().contiguous()
-    columns = (table(rate).values()[_reversed()].float() * TABLE_STEP).T.contiguous()  # (V, 4096)
+    columns = (table(rate).values()[_reversed()].float() * TABLE_STEP).T  # (V, 4096)
+    columns = torch.cat([columns, columns.square().sum(0, keepdim=True)])
     stream = torch.empty(len(values), tile_bytes(rate), dtype=torch.uint8)
     decoded = torch.empty_like(values)
     job = _Encode(values.data_ptr(), columns.data_ptr(), stream.data_ptr(), decoded.data_ptr(), len(values), bits, vector)

@@ -1,10 +1,12 @@
 // Tail-biting Viterbi search for the bitshift trellis code (QTIP, arXiv:2406.11235), many tiles of 256 weights at once.
 //
 // A tile is 256 / V steps; each step appends B bits to a window of L = 12 bits, and the window selects V values from a table:
-// B / V bits a weight. The search keeps the cost of every window. Windows that differ only in their B oldest bits have the
-// same continuations, so a step is: the cheapest of 2^B windows for each of the 2^(L-B) overlaps (the winner's number sits in
-// the lowest bits of the float that is compared), then the cost of the step's V values for all 2^L windows.
-// Tail-biting: a first search on the tile rolled by half finds the overlap at the seam, a second one is held to it.
+// B / V bits a weight. The search keeps, for every overlap (the L - B newest bits), the cost of the best window that has it:
+// of the 2^B windows that differ only in their B oldest bits, whose continuations are the same. A step computes the cost of all
+// 2^L windows, |values|^2 + |table|^2 - 2 values . table more than that of the overlap they begin with, and keeps the cheapest
+// of each 2^B in registers; the winner's number sits in the lowest bits of the float that is compared. Two tiles at a time
+// share what is read of the table.
+// Tail-biting: a first search over the steps around the seam finds the overlap there, a second one, of all steps, is held to it.
 // The plain-torch decoder is in pack/trellis.py; the tests hold this file to it and to an exhaustive search.
 #include "pool.h"
 
@@ -13,7 +15,7 @@
 
 namespace {
 
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 constexpr int kWindow = 12;
 constexpr int kStates = 1 << kWindow;
 constexpr int kTile = 256;
@@ -23,15 +25,17 @@ constexpr float kStart = 1.0f;  // positive costs compare like the integers of t
 typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
 typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
 
-INLINE Integers load_bits(const float* p) {
-  Integers v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+template <class To, class From>
+INLINE To bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "the same bits");
+  std::memcpy(&to, &from, sizeof to);
+  return to;
 }
 
 struct Encode {
   const float* values;  // [n, 256] in the order of the steps
-  const float* table;   // [V, 4096]: the values of every window
+  const float* table;   // [V + 1, 4096]: the values of every window, and the sum of their squares
   uint8_t* stream;      // [n, 256 / V * B / 8 bytes]
   float* decoded;       // [n, 256]
   int64_t count;
@@ -40,110 +44,146 @@ struct Encode {
 };
 
 struct Search {
-  float* cost;    // [4096]
-  float* best;    // [4096 / 2 + 16], by overlap
-  uint8_t* back;  // [steps, overlaps]: which window an overlap came from
-  uint16_t* path; // [steps]: the windows found
+  float* cost[2];  // [4096 / 2 + 16] before and after a step, by overlap
+  uint8_t* back;   // [steps, overlaps]: which window an overlap came from
+  uint16_t* path;  // [steps]: the windows found
 };
 
-template <int B>
-INLINE void cheapest(const Search& s, uint8_t* back) {
+// The cheapest windows of one step of T tiles. energy: what the next step's values add to every cost, the sum of their squares.
+template <int B, int V, int T>
+INLINE void advance(const Search* s, int turn, int64_t row, const float (*values)[V], const float* energy, const float* table) {
   constexpr int overlaps = kStates >> B, choices = 1 << B;
-  for (int q = 0; q < overlaps; q += kLane) {
-    Integers least = load_bits(s.cost + q) & ~(choices - 1);
-    for (int h = 1; h < choices; ++h) {
-      const Integers other = (load_bits(s.cost + h * overlaps + q) & ~(choices - 1)) | h;
-      least = other < least ? other : least;
-    }
-    std::memcpy(s.best + q, &least, sizeof least);
-    const Bytes winners = __builtin_convertvector(least & (choices - 1), Bytes);
-    std::memcpy(back + q, &winners, sizeof winners);
-  }
-}
-
-template <int B, int V>
-INLINE void extend(const Search& s, const float* values, const float* table) {
-  Vector wanted[V];
-  for (int v = 0; v < V; ++v) wanted[v] = Vector{} + values[v];
   Integers spread;
   for (int lane = 0; lane < kLane; ++lane) spread[lane] = lane >> B;
-  for (int state = 0; state < kStates; state += kLane) {
-    Vector total;
-    if constexpr (B >= 4) {
-      total = Vector{} + s.best[state >> B];
-    } else {
-      total = __builtin_shuffle(load(s.best + (state >> B)), spread);
+  Vector pull[T][V];
+  for (int k = 0; k < T; ++k) {
+    for (int v = 0; v < V; ++v) pull[k][v] = Vector{} - 2 * values[k][v];
+  }
+  for (int q = 0; q < overlaps; q += kLane) {
+    Integers least[T];
+    for (int h = 0; h < choices; ++h) {
+      const int state = h * overlaps + q;
+      const Vector squares = load(table + V * kStates + state);
+      for (int k = 0; k < T; ++k) {
+        const float* cost = s[k].cost[turn] + (state >> B);
+        Vector total;
+        if constexpr (B >= 4) {
+          total = squares + *cost;
+        } else {
+          total = squares + __builtin_shuffle(load(cost), spread);
+        }
+        for (int v = 0; v < V; ++v) total += load(table + v * kStates + state) * pull[k][v];
+        const Integers one = (bits<Integers>(total) & ~(choices - 1)) | h;
+        least[k] = h == 0 ? one : one < least[k] ? one : least[k];
+      }
     }
-    for (int v = 0; v < V; ++v) {
-      const Vector off = wanted[v] - load(table + v * kStates + state);
-      total += off * off;
+    for (int k = 0; k < T; ++k) {
+      store(s[k].cost[1 - turn] + q, bits<Vector>(least[k]) + energy[k]);
+      const Bytes winners = __builtin_convertvector(least[k] & (choices - 1), Bytes);
+      std::memcpy(s[k].back + row * overlaps + q, &winners, sizeof winners);
     }
-    store(s.cost + state, total);
   }
 }
 
-// One search over a tile; overlap: the L - B bits that enter the first step and must leave the last one, or -1.
-template <int B, int V>
-INLINE void search(const Search& s, const float* values, int64_t roll, const float* table, int overlap) {
+// Search `count` steps of T tiles from step `first` on (in a circle). overlap: the bits that enter the first step and must
+// leave the last one, or -1.
+template <int B, int V, int T>
+INLINE void search(const Search* s, const float* tiles, int64_t first, int count, const float* table, const int* overlap) {
   constexpr int overlaps = kStates >> B, steps = kTile / V;
-  for (int q = 0; q < overlaps; ++q) s.best[q] = overlap < 0 || q == overlap ? kStart : kFar;
-  std::memset(s.back, 0, overlaps);
-  for (int step = 0; step < steps; ++step) {
-    if (step > 0) cheapest<B>(s, s.back + step * overlaps);
-    extend<B, V>(s, values + (step * V + roll) % kTile, table);
+  float values[T][V], energy[T];
+  const auto take = [&](int step) {
+    for (int k = 0; k < T; ++k) {
+      energy[k] = 0;
+      for (int v = 0; v < V; ++v) {
+        values[k][v] = tiles[k * kTile + (first + step) % steps * V + v];
+        energy[k] += values[k][v] * values[k][v];
+      }
+    }
+  };
+  take(0);
+  for (int k = 0; k < T; ++k) {
+    for (int q = 0; q < overlaps; ++q) s[k].cost[0][q] = energy[k] + (overlap[k] < 0 || q == overlap[k] ? kStart : kFar);
   }
-  int last = overlap < 0 ? 0 : overlap;
-  const int stride = overlap < 0 ? 1 : overlaps;
-  for (int state = last; state < kStates; state += stride) {
-    if (s.cost[state] < s.cost[last]) last = state;
+  for (int step = 0; step < count; ++step) {
+    float now[T][V];
+    std::memcpy(now, values, sizeof now);
+    if (step + 1 < count) take(step + 1);
+    advance<B, V, T>(s, step % 2, step, now, energy, table);
   }
-  for (int step = steps - 1; step >= 0; --step) {
-    s.path[step] = static_cast<uint16_t>(last);
-    const int q = last >> B;
-    last = s.back[step * overlaps + q] * overlaps + q;
+  for (int k = 0; k < T; ++k) {
+    const float* cost = s[k].cost[count % 2];
+    int q = overlap[k];
+    if (q < 0) q = static_cast<int>(std::min_element(cost, cost + overlaps) - cost);
+    for (int step = count - 1; step >= 0; --step) {
+      const int state = s[k].back[step * overlaps + q] * overlaps + q;
+      s[k].path[step] = static_cast<uint16_t>(state);
+      q = state >> B;
+    }
+  }
+}
+
+template <int B, int V, int T>
+INLINE void encode_tiles(const Encode& e, int64_t tile, const Search* s) {
+  constexpr int steps = kTile / V, overlaps = kStates >> B;
+  // Five windows' lengths on either side of the seam, and survivors have long met.
+  constexpr int side = std::min(steps / 2, (5 * kWindow + B - 1) / B);
+  const float* values = e.values + tile * kTile;
+  int overlap[T];
+  for (int k = 0; k < T; ++k) overlap[k] = -1;
+  search<B, V, T>(s, values, steps - side, 2 * side, e.table, overlap);
+  for (int k = 0; k < T; ++k) overlap[k] = s[k].path[side - 1] & (overlaps - 1);
+  search<B, V, T>(s, values, 0, steps, e.table, overlap);
+  for (int k = 0; k < T; ++k) {
+    uint8_t* stream = e.stream + (tile + k) * (steps * B / 8);
+    std::memset(stream, 0, steps * B / 8);
+    for (int step = 0; step < steps; ++step) {
+      const int state = s[k].path[step];
+      for (int bit = 0; bit < B; ++bit) {  // oldest first
+        const int at = step * B + bit;
+        stream[at / 8] |= static_cast<uint8_t>((state >> (B - 1 - bit) & 1) << at % 8);
+      }
+      for (int v = 0; v < V; ++v) e.decoded[(tile + k) * kTile + step * V + v] = e.table[v * kStates + state];
+    }
   }
 }
 
 template <int B, int V>
-INLINE void encode_tile(const Encode& e, int64_t tile, const Search& s) {
-  constexpr int steps = kTile / V, overlaps = kStates >> B;
-  const float* values = e.values + tile * kTile;
-  search<B, V>(s, values, kTile / 2, e.table, -1);
-  const int overlap = s.path[steps / 2 - 1] & (overlaps - 1);
-  search<B, V>(s, values, 0, e.table, overlap);
-  uint8_t* stream = e.stream + tile * (steps * B / 8);
-  std::memset(stream, 0, steps * B / 8);
-  for (int step = 0; step < steps; ++step) {
-    for (int bit = 0; bit < B; ++bit) {  // oldest first
-      const int at = step * B + bit;
-      stream[at / 8] |= static_cast<uint8_t>((s.path[step] >> (B - 1 - bit) & 1) << at % 8);
-    }
-    for (int v = 0; v < V; ++v) e.decoded[tile * kTile + step * V + v] = e.table[v * kStates + s.path[step]];
+INLINE void encode_pair(const Encode& e, int64_t pair, const Search* s) {
+  if (2 * pair + 1 < e.count) {
+    encode_tiles<B, V, 2>(e, 2 * pair, s);
+  } else {
+    encode_tiles<B, V, 1>(e, 2 * pair, s);
   }
 }
 
-FAST void encode_any(const Encode& e, int64_t tile, const Search& s) {
+FAST void encode_any(const Encode& e, int64_t pair, const Search* s) {
   switch (e.vector * 16 + e.bits) {
-    case 1 * 16 + 3: return encode_tile<3, 1>(e, tile, s);
-    case 1 * 16 + 4: return encode_tile<4, 1>(e, tile, s);
-    case 2 * 16 + 1: return encode_tile<1, 2>(e, tile, s);
-    case 2 * 16 + 2: return encode_tile<2, 2>(e, tile, s);
-    case 2 * 16 + 3: return encode_tile<3, 2>(e, tile, s);
-    case 2 * 16 + 4: return encode_tile<4, 2>(e, tile, s);
-    case 2 * 16 + 5: return encode_tile<5, 2>(e, tile, s);
-    case 4 * 16 + 3: return encode_tile<3, 4>(e, tile, s);
-    case 4 * 16 + 5: return encode_tile<5, 4>(e, tile, s);
+    case 1 * 16 + 3: return encode_pair<3, 1>(e, pair, s);
+    case 1 * 16 + 4: return encode_pair<4, 1>(e, pair, s);
+    case 2 * 16 + 1: return encode_pair<1, 2>(e, pair, s);
+    case 2 * 16 + 2: return encode_pair<2, 2>(e, pair, s);
+    case 2 * 16 + 3: return encode_pair<3, 2>(e, pair, s);
+    case 2 * 16 + 4: return encode_pair<4, 2>(e, pair, s);
+    case 2 * 16 + 5: return encode_pair<5, 2>(e, pair, s);
+    case 4 * 16 + 3: return encode_pair<3, 4>(e, pair, s);
+    case 4 * 16 + 5: return encode_pair<5, 4>(e, pair, s);
   }
 }
 
+constexpr int64_t kCosts = kStates / 2 + kLane;
 constexpr int64_t kBackFloats = kTile / 2 * (kStates / 2) / 4;
+constexpr int64_t kSearchFloats = 2 * kCosts + kBackFloats + kTile;
 
-void encode_task(const void* job, int64_t tile, float* scratch) {
-  float* best = scratch + kStates;
-  float* back = best + kStates / 2 + kLane;
-  float* path = back + kBackFloats;
-  encode_any(*static_cast<const Encode*>(job), tile,
-             Search{scratch, best, reinterpret_cast<uint8_t*>(back), reinterpret_cast<uint16_t*>(path)});
+void encode_task(const void* job, int64_t pair, float* scratch) {
+  Search searches[2];
+  for (Search& s : searches) {
+    s.cost[0] = scratch;
+    s.cost[1] = scratch + kCosts;
+    s.back = reinterpret_cast<uint8_t*>(scratch + 2 * kCosts);
+    s.path = reinterpret_cast<uint16_t*>(scratch + 2 * kCosts + kBackFloats);
+    scratch += kSearchFloats;
+  }
+  encode_any(*static_cast<const Encode*>(job), pair, searches);
 }
 
 bool known(int bits, int vector) {
@@ -161,10 +201,10 @@ __attribute__((visibility("default"))) int moec_trellis_interface() { return kIn
 __attribute__((visibility("default"))) int moec_trellis_encode(const Encode* e, Parallel parallel, int threads) {
   if (e->count < 0 || !known(e->bits, e->vector)) return kBadSize;
   Pool pool;
-  pool.tasks = e->count;
+  pool.tasks = (e->count + 1) / 2;
   pool.run = encode_task;
   pool.job = e;
-  pool.scratch_floats = kStates + kStates / 2 + kLane + kBackFloats + kTile;
+  pool.scratch_floats = 2 * kSearchFloats;
   return spread(pool, parallel, threads);
 }
 
