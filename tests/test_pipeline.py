@@ -148,3 +148,23 @@ def test_written_bytes_are_predicted(tiny_model, text_file, tmp_path):
     job = job_of(tiny_model, text_file, "target.bits=4", "allocate.compare=none")
     result = pipeline.quantize(job, tmp_path / "out")
     assert weight_bytes(tmp_path / "out") == pytest.approx(pipeline.written_bytes(job, result.plan), abs=0)
+
+
+def test_every_code_in_one_plan(wide, text_file, tmp_path):
+    """Trellis, ternary, signs and integers compete; what was written loads in transformers and measures the same."""
+    from transformers import AutoModelForCausalLM
+
+    candidates = ["{code: trellis, bits: 0.5}", "{code: trellis, bits: 1.5}", "{code: ternary}", "{code: sign}", "{code: trellis, bits: 3}", "{bits: 8}"]
+    job = job_of(wide, text_file, "target.bits=2", "allocate.compare=none", f"allocate.candidates=[{', '.join(candidates)}]", "compute.seed=3",
+                 "compute.dtype=float32")  # fmt: skip
+    result = pipeline.quantize(job, tmp_path / "out")
+    assert result.manifest["bits_per_weight"] <= 2
+    assert len({choice.candidate for choice in result.plan.choices}) >= 4
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    total = 0.0
+    with torch.no_grad():
+        for ids in job.heldout:
+            p, q = (torch.log_softmax(model(ids).logits, -1) for model in (original, loaded))
+            total += float((p.exp() * (p - q)).sum(-1).mean())
+    assert total / len(job.heldout) == pytest.approx(result.measured["plan"]["kl_mean"], rel=0.02)

@@ -54,7 +54,7 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
     again = load_recipe(written(tmp_path, recipe.to_yaml()))
     assert again == recipe and again.fingerprint() == recipe.fingerprint()
     for candidate in recipe.allocate.candidates:
-        spec = Candidate(candidate.bits, candidate.group, candidate.symmetric)
+        spec = Candidate(candidate.bits, candidate.group, candidate.symmetric, candidate.code)
         assert Candidate.parse(spec.name) == spec
     header = path.read_text(encoding="utf-8").split("name:")[0]
     assert all(f"# {word}:" in header for word in ("command", "hardware", "size", "divergence"))

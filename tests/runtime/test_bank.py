@@ -1,0 +1,84 @@
+"""Banks of every code: what was encoded is what they multiply with, and a layer may mix them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moecompress.errors import UserError
+from moecompress.kernels import trellis as native
+from moecompress.model.experts import ExpertsLayout
+from moecompress.pack.scheme import Scheme
+from moecompress.quantize.encode import Settings, encode, study
+from moecompress.runtime.bank import PackedBank, bank_tensors, make_bank, turn, turn_back
+from moecompress.runtime.packed import PackedExperts
+
+NAMES = ["b3g32s", "b2g64a", "t0_5", "t1_25", "t2", "t3", "ternary", "sign", "b16"]
+SEED = 5
+
+
+def filled(name: str, weights: torch.Tensor) -> tuple[PackedBank, torch.Tensor]:
+    """A bank of these matrices, and each one's relative squared error as the encoder reported it."""
+    scheme, (count, rows, cols) = Scheme.parse(name).fitted(weights.shape[2]), weights.shape
+    bank = make_bank(scheme, count, rows, cols, torch.float32, SEED)
+    if scheme.bits == 16:
+        bank.weight.copy_(weights)
+        return bank, torch.zeros(count)
+    settings = Settings(seed=SEED)
+    inputs = study(torch.eye(cols).repeat(count, 1, 1), [str(i) for i in range(count)], settings, [scheme])
+    encoded = encode(weights, inputs, scheme, settings)
+    tensors = encoded.bank.tensors()
+    expected = bank_tensors(scheme, count, rows, cols, torch.float32)
+    assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == expected
+    assert sum(t.nbytes for t in tensors.values()) == count * scheme.price(rows, cols)
+    for key, value in tensors.items():
+        getattr(bank, key).copy_(value)
+    return bank, encoded.error
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_encoder(request: pytest.FixtureRequest) -> None:
+    if not native.available():
+        pytest.skip("the compiled encoder is not there")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("rows", "cols"), [(64, 64), (33, 70)])
+def test_bank_multiplies_with_what_was_encoded(name: str, rows: int, cols: int) -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(3, rows, cols)
+    bank, error = filled(name, weights)
+    dense = bank.dequantized(torch.float32)
+    lost = (dense - weights).square().sum((1, 2)) / weights.square().sum((1, 2))
+    assert torch.allclose(lost, error, rtol=1e-2, atol=1e-6)
+    x, slots = torch.randn(5, cols), torch.tensor([2, -1, 0, 2, 1], dtype=torch.int32)
+    y = turn_back(bank.matmul(turn(x, SEED), slots), SEED) if bank.turns else bank.matmul(x, slots)
+    wanted = torch.stack([dense[s].double() @ v.double() if s >= 0 else torch.zeros(rows).double() for s, v in zip(slots, x, strict=True)])
+    assert torch.allclose(y.double(), wanted, atol=2e-3 * float(wanted.abs().max()))
+
+
+def test_a_layer_may_mix_codes() -> None:
+    torch.manual_seed(1)
+    layout = ExpertsLayout(len(NAMES), hidden=64, width=32, transposed=False, concatenated=True, gated=True)
+    experts = PackedExperts(layout, {p: dict.fromkeys(sorted(NAMES), 1) for p in ("gate", "up", "down")}, torch.float32, SEED)
+    for projection in experts.contents:
+        rows, cols = layout.shape(projection)
+        for index, name in enumerate(sorted(NAMES)):
+            bank, _ = filled(name, torch.randn(1, rows, cols))
+            bank.register_buffer("experts", torch.tensor([index], dtype=torch.int32))
+            experts.banks(projection)[name] = bank
+    x, expert = torch.randn(20, 64), torch.arange(20) % len(NAMES)
+    dense = experts.dequantized("up", torch.float32)
+    y = experts.project("up", x, expert, experts.turned("up", x))
+    assert torch.allclose(y, torch.einsum("soi,si->so", dense[expert], x), atol=2e-3 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "ternary", "sign", "b3g64s", "b16"])
+def test_names_come_back(name: str) -> None:
+    assert Scheme.parse(name).name == name
+
+
+@pytest.mark.parametrize("name", ["t5", "t2.5", "b1g64s", "b3g63s", "int"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="no storage scheme"):
+        Scheme.parse(name)
