@@ -1,0 +1,113 @@
+"""Every code at every rate: size, divergence on unseen text, encoding time, One table, one command.
+
+    python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--markdown] [--only t2 b2g64a plan:2]
+
+Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
+the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`). KL and perplexity by plain forward passes of
+transformers in float32. Encoding seconds are those of the whole walk: calibration passes, rounding, packing, writing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+METHODS = ["t0_5", "t0_75", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "b2g64a", "b3g64a", "b4g64a",
+           "plan:1", "plan:1.5", "plan:2", "plan:2.5"]  # fmt: skip
+TRELLIS = ["t0_5", "t0_75", "t1", "t1_25", "t1_5", "t2", "t2_5", "t3", "t4"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--only", nargs="+", default=METHODS)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--evaluate", type=int, default=64, help="evaluation sequences")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    from moecompress.calibrate.data import token_batches
+    from moecompress.model.skeleton import load_tokenizer
+
+    tokenizer = load_tokenizer(given.model)
+    tokens = token_batches(tokenizer, given.calibration, given.sequences + 4, given.length)
+    unseen = token_batches(tokenizer, given.evaluation, given.evaluate, given.length).ids
+    rows = []
+    if not given.json:
+        print("| code | bits | bytes | KL | perplexity | top-1 | encoding, s |\n|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for method in given.only:
+            rows.append(run(given.model, method, tokens, unseen, Path(folder)))
+            if not given.json:
+                print(markdown(rows[-1]), flush=True)
+    if given.json:
+        print(json.dumps(rows))
+
+
+def run(model: Path, method: str, tokens, unseen: torch.Tensor, work: Path) -> dict:
+    from transformers import AutoModelForCausalLM
+
+    from moecompress import pipeline
+    from moecompress.recipe import recipe_from
+
+    kind, _, bits = method.partition(":")
+    # A uniform plan has one candidate; its target only has to be wide enough.
+    names = TRELLIS if kind == "plan" else [kind]
+    recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if kind == 'plan' else 'uniform'}",
+                          f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
+                          "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16"])  # fmt: skip
+    job = pipeline.make_job(str(model), recipe, tokens=tokens)
+    statistics = pipeline.calibrate(job, work / f"calibrate-{kind}")
+    chosen, _ = pipeline.plan(job, statistics)
+    start = time.perf_counter()
+    record = pipeline.build(job, statistics, chosen, work / "built", "plan")
+    seconds = time.perf_counter() - start
+    out = work / "built" / "out"
+    result = {"method": method, "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds,
+              **measure(AutoModelForCausalLM.from_pretrained(out, dtype="float32"), model, unseen)}  # fmt: skip
+    shutil.rmtree(work / "built")
+    return result
+
+
+def candidate(name: str) -> str:
+    from moecompress.pack.scheme import Scheme
+
+    scheme = Scheme.parse(name)
+    if scheme.code == "int":
+        return f"{{bits: {scheme.bits}, group: {scheme.group}, symmetric: {str(scheme.symmetric).lower()}}}"
+    return f"{{code: {scheme.code}, bits: {scheme.bits}}}"
+
+
+def measure(compressed, model: Path, unseen: torch.Tensor) -> dict:
+    """Mean KL(original ‖ compressed), perplexity and top-1 agreement by plain forward passes of both models."""
+    from transformers import AutoModelForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    kl, loss, same, tokens = 0.0, 0.0, 0, 0
+    with torch.no_grad():
+        for ids in unseen.split(2):
+            p = torch.log_softmax(original(ids).logits.float(), -1)
+            q = torch.log_softmax(compressed(ids).logits.float(), -1)
+            kl += float((p.exp() * (p - q)).sum())
+            loss -= float(q[:, :-1].gather(-1, ids[:, 1:, None]).mean()) * len(ids)
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            tokens += ids.numel()
+    return {"kl": kl / tokens, "perplexity": math.exp(loss / len(unseen)), "top1": same / tokens}
+
+
+def markdown(row: dict) -> str:
+    return (f"| {row['method']} | {row['bits']:.3f} | {row['bytes']:,} | {row['kl']:.5f} | {row['perplexity']:.2f} | {row['top1']:.2%} "
+            f"| {row['seconds']:.1f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
