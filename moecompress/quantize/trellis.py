@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.kernels import trellis as search
+from moecompress.kernels.trellis_matmul import rotate, unrotate
+from moecompress.pack.rotation import signs
 from moecompress.pack.trellis import TILE, TrellisBank, from_tiles, to_tiles
-from moecompress.quantize.rotation import rotate, signs, unrotate
 
 #: Standard deviation given to the weights before the search, by rate: low rates code a smaller ball. Found on normal data.
 SPREAD = {0.5: 1.4, 0.75: 1.25, 1: 1.1, 1.25: 1.08, 1.5: 1.02, 2: 0.98, 2.5: 0.94, 3: 0.92, 4: 0.85}

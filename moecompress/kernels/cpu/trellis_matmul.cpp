@@ -1,0 +1,829 @@
+// Arithmetic on matrices of the format "trellis" (pack/SPEC.md, section 9), for the CPU: products, decoding, rotation.
+//
+// y = T x never stores T. A strip of 16 rows is decoded a few tiles at a time into the first-level cache, for all the x
+// that want the matrix (up to 16 at once), and multiplied from there. There are two ways: plain C++ with float32 x, and
+// AVX-512 VBMI, where a decoded weight is one byte and x is fixed-point (see namespace vbmi).
+// Whatever a file can influence is compared with the sizes of the memory behind it before anything is read; the bits of a
+// stream may be any.
+#include "pool.h"
+
+#include <cmath>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kInterface = 1;  // raise when an exported function changes; trellis_matmul.py refuses any other
+constexpr int kBadSlot = 4, kBadBank = 5;
+constexpr int kSide = 16;           // rows and columns of a tile
+constexpr int kTile = kSide * kSide;
+constexpr int64_t kTogether = 16;   // vectors x for which a matrix is decoded once
+constexpr int64_t kSegment = 128;   // tiles decoded at a time: 32 KB of bytes
+constexpr int64_t kAlone = 1 << 17; // weights (or floats) below which one thread is quicker than two
+constexpr float kStep = 1.0f / 32;  // value of one in the table
+
+enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+
+struct Bank {  // mirrored by trellis_matmul.py
+  const uint8_t* stream;  // [n, tiles, 32 B / V bytes]
+  const float* scales;    // [n]
+  const uint8_t* tables;  // low [V, 64], high [V, 64], levels int8 [256]
+  const int8_t* values;   // [4096, V]: what a window stands for, from the same tables
+  int64_t stream_bytes, scales_bytes, tables_bytes, values_bytes;
+  int64_t count, rows, cols;
+  int32_t bits, vector;   // B and V: bits and values of a step
+};
+
+struct Multiply {
+  Bank bank;
+  const float* x;        // [batch, cols]
+  const int32_t* slots;  // [batch], -1 for zeros
+  float* y;              // [batch, rows]
+  int64_t x_bytes, slots_bytes, y_bytes, batch;
+};
+
+struct Dequantize {
+  Bank bank;
+  const int64_t* index;  // [chosen]
+  void* out;             // [chosen, last - first, cols]
+  int64_t index_bytes, out_bytes, chosen, first, last;  // first and last: rows; multiples of 16, or the end
+  int32_t type;
+};
+
+struct Rotate {
+  const void* x;      // [count, size] of type
+  const float* sign;  // [size]
+  float* out;         // [count, size]
+  int64_t x_bytes, sign_bytes, out_bytes, count, size;
+  int32_t type, undo;
+};
+
+bool has_bytes(const void* data, int64_t bytes, int64_t a, int64_t b, int64_t each) {
+  int64_t all;
+  if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &all) || __builtin_mul_overflow(all, each, &all)) return false;
+  return bytes == all && (all == 0 || data != nullptr);
+}
+
+bool known(int bits, int vector) {
+  if (vector == 1) return bits == 3 || bits == 4;
+  if (vector == 2) return bits >= 1 && bits <= 5;
+  return vector == 4 && (bits == 3 || bits == 5);
+}
+
+int64_t down(const Bank& b) { return (b.rows + kSide - 1) / kSide; }
+int64_t across(const Bank& b) { return (b.cols + kSide - 1) / kSide; }
+int64_t tile_bytes(const Bank& b) { return 32 * b.bits / b.vector; }
+
+bool is_valid(const Bank& b) {
+  constexpr int64_t kLimit = int64_t{1} << 30;  // keeps every product in range
+  if (!known(b.bits, b.vector) || b.rows < 0 || b.rows > kLimit || b.cols < 1 || b.cols > kLimit) return false;
+  return b.count <= kLimit && has_bytes(b.stream, b.stream_bytes, b.count, down(b) * across(b), tile_bytes(b)) &&
+         has_bytes(b.scales, b.scales_bytes, b.count, 1, 4) &&
+         has_bytes(b.tables, b.tables_bytes, 1, 128 * b.vector + 256, 1) &&
+         has_bytes(b.values, b.values_bytes, 4096, b.vector, 1);
+}
+
+const uint8_t* strip_of(const Bank& b, int64_t matrix, int64_t strip) {
+  return b.stream + (matrix * down(b) + strip) * across(b) * tile_bytes(b);
+}
+
+// One strip of 16 rows times up to kTogether vectors.
+struct Strip {
+  const Bank* bank;
+  const uint8_t* stream;   // of its tiles
+  const float* prepared;   // the vectors, one after the other
+  int64_t stride;          // floats from one to the next
+  int64_t together;        // how many
+  float scale;             // of the matrix
+  float (*sums)[kSide];    // [together][16], the result
+  float* scratch;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t (*prepared_floats)(const Bank&);  // of one vector; a multiple of 16
+  int64_t scratch_floats;
+  void (*prepare)(const Bank&, const float* x, float* prepared);
+  void (*multiply)(const Strip&);
+  // `tiles` tiles to levels, int8 [16, 16 tiles] with rows `stride` bytes apart
+  void (*decode)(const Bank&, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride);
+};
+
+// ---- plain C++ -----------------------------------------------------------------------------------------------------
+
+namespace portable {
+
+constexpr int64_t kPart = 16;                        // tiles decoded at a time: 256 columns
+constexpr int64_t kFloats = kPart * kSide + kLane;   // of a row of them, apart from multiples of 4096 bytes
+
+template <int B, int V>
+INLINE void decode_tiles(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride) {
+  constexpr int bytes = 32 * B / V;
+  for (int64_t t = 0; t < tiles; ++t, stream += bytes) {
+    uint8_t line[2 + bytes + 8] = {};  // a circle cut open: the first windows begin in its last two bytes
+    std::memcpy(line, stream + bytes - 2, 2);
+    std::memcpy(line + 2, stream, bytes);
+    int8_t tile[kTile];
+    for (int group = 0; group < kTile / V / 8; ++group) {  // 8 steps take B bytes
+      uint64_t word;
+      std::memcpy(&word, line + group * B, 8);
+      for (int j = 0; j < 8; ++j)
+        std::memcpy(tile + (group * 8 + j) * V, b.values + (word >> (4 + (j + 1) * B) & 4095) * V, V);
+    }
+    for (int row = 0; row < kSide; ++row) std::memcpy(out + row * stride + t * kSide, tile + row * kSide, kSide);
+  }
+}
+
+FAST void decode(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride) {
+  switch (b.vector * 16 + b.bits) {
+    case 1 * 16 + 3: return decode_tiles<3, 1>(b, stream, tiles, out, stride);
+    case 1 * 16 + 4: return decode_tiles<4, 1>(b, stream, tiles, out, stride);
+    case 2 * 16 + 1: return decode_tiles<1, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 2: return decode_tiles<2, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 3: return decode_tiles<3, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 4: return decode_tiles<4, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 5: return decode_tiles<5, 2>(b, stream, tiles, out, stride);
+    case 4 * 16 + 3: return decode_tiles<3, 4>(b, stream, tiles, out, stride);
+    case 4 * 16 + 5: return decode_tiles<5, 4>(b, stream, tiles, out, stride);
+  }
+}
+
+int64_t prepared_floats(const Bank& b) { return across(b) * kSide + kLane; }  // padded with zeros
+
+void prepare(const Bank& b, const float* x, float* prepared) {
+  std::fill(std::copy(x, x + b.cols, prepared), prepared + prepared_floats(b), 0.0f);
+}
+
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1)));
+
+// total[r][t] += rows r of the weights times vectors t, over `tiles` tiles.
+template <int R, int T>
+INLINE void dots(const float* weights, const float* x, int64_t stride, int64_t tiles, Vector (*total)[kSide]) {
+  Vector sum[T][R];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) sum[t][r] = total[t][r];
+  for (int64_t at = 0; at < tiles * kSide; at += kSide) {
+    Vector w[R];
+    for (int r = 0; r < R; ++r) w[r] = load(weights + r * kFloats + at);
+    for (int t = 0; t < T; ++t) {
+      const Vector v = load(x + t * stride + at);
+      for (int r = 0; r < R; ++r) sum[t][r] += w[r] * v;
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) total[t][r] = sum[t][r];
+}
+
+FAST void multiply(const Strip& s) {
+  const int64_t tiles = across(*s.bank);
+  auto* weights = s.scratch;                                        // [16][kFloats]
+  auto* total = reinterpret_cast<Vector(*)[kSide]>(weights + kSide * kFloats);  // [kTogether][16] vectors
+  auto* bytes = reinterpret_cast<int8_t*>(total + kTogether);       // [16][kPart tiles]
+  for (int64_t t = 0; t < s.together; ++t)
+    for (int r = 0; r < kSide; ++r) total[t][r] = Vector{};
+  for (int64_t first = 0; first < tiles; first += kPart) {
+    const int64_t part = std::min(kPart, tiles - first);
+    decode(*s.bank, s.stream + first * tile_bytes(*s.bank), part, bytes, kPart * kSide);
+    for (int r = 0; r < kSide; ++r)
+      for (int64_t t = 0; t < part; ++t) {
+        Bytes levels;
+        std::memcpy(&levels, bytes + (r * kPart + t) * kSide, sizeof levels);
+        store(weights + r * kFloats + t * kSide, __builtin_convertvector(levels, Vector));
+      }
+    const float* x = s.prepared + first * kSide;
+    int64_t t = 0;
+    for (; t + 4 <= s.together; t += 4)
+      for (int r = 0; r < kSide; ++r) {
+        Vector one[4][kSide];
+        for (int i = 0; i < 4; ++i) one[i][0] = total[t + i][r];
+        dots<1, 4>(weights + r * kFloats, x + t * s.stride, s.stride, part, one);
+        for (int i = 0; i < 4; ++i) total[t + i][r] = one[i][0];
+      }
+    for (; t < s.together; ++t)
+      for (int r = 0; r < kSide; r += 4) {
+        Vector four[1][kSide];
+        for (int i = 0; i < 4; ++i) four[0][i] = total[t][r + i];
+        dots<4, 1>(weights + r * kFloats, x + t * s.stride, s.stride, part, four);
+        for (int i = 0; i < 4; ++i) total[t][r + i] = four[0][i];
+      }
+  }
+  for (int64_t t = 0; t < s.together; ++t)
+    for (int r = 0; r < kSide; ++r) {
+      float lane[kLane], sum = 0;
+      store(lane, total[t][r]);
+      for (int width = kLane / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+      sum = lane[0];
+      s.sums[t][r] = sum * kStep * s.scale;
+    }
+}
+
+constexpr int64_t kScratch = kSide * kFloats + kTogether * kSide * kLane + kPart * kTile / 4;
+const Kernels kernels = {"portable", prepared_floats, kScratch, prepare, multiply, decode};
+
+}  // namespace portable
+
+// ---- AVX-512 with VBMI and VNNI ------------------------------------------------------------------------------------
+//
+// 64 steps are a chunk. 8 steps take B bytes, so the windows of step group q of chunk c lie in the 8 bytes from byte
+// (8 c + q) B - 2 of the circular stream on: one byte permutation gathers the 8 words, two multishifts cut the halves of the
+// 64 windows out, and look-ups in registers make bytes of them. Levels are antisymmetric: 128 of them are one register pair,
+// the sign follows. A weight is 128 + level, an unsigned byte; x = scale (128 h + l) is two signed bytes, accurate to
+// 2^-15 of its largest number. vpdpbusd multiplies and adds; its sums are exact, and start at -128 times the sum of x.
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC diagnostic push  // GCC 12 warns of its own headers, where values are left undefined on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+#endif
+
+namespace vbmi {
+
+template <int BYTES>
+INLINE __m512i load_bytes(const uint8_t* p) {  // BYTES of them, at most 64
+  if constexpr (BYTES == 64) return _mm512_loadu_si512(p);
+  if constexpr (BYTES == 32) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  if constexpr (BYTES == 16) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_maskz_loadu_epi8((uint64_t{1} << BYTES % 64) - 1, p);
+}
+
+template <int B, int V>
+struct Decoder {
+  static constexpr int kChunks = 4 / V, kBytes = 32 * B / V;
+
+  __m512i gather[kChunks], older, newer, low[V], high[V], positive[2];
+
+  INLINE explicit Decoder(const Bank& b) {
+    alignas(64) uint8_t at[64];
+    for (int c = 0; c < kChunks; ++c) {
+      for (int i = 0; i < 64; ++i) at[i] = uint8_t(((8 * c + i / 8) * B - 2 + i % 8 + kBytes) % kBytes);
+      gather[c] = _mm512_load_si512(at);
+    }
+    for (int i = 0; i < 64; ++i) at[i] = uint8_t(4 + (i % 8 + 1) * B);
+    older = _mm512_load_si512(at);
+    newer = _mm512_add_epi8(older, _mm512_set1_epi8(6));
+    const __m512i half = _mm512_set1_epi8(-128);  // the top bit of a sum says then that the level is negative
+    for (int v = 0; v < V; ++v) {
+      low[v] = _mm512_loadu_si512(b.tables + 64 * v);
+      high[v] = _mm512_xor_si512(_mm512_loadu_si512(b.tables + 64 * (V + v)), half);
+    }
+    for (int i = 0; i < 2; ++i) positive[i] = _mm512_xor_si512(_mm512_loadu_si512(b.tables + 128 * V + 128 + 64 * i), half);
+  }
+
+  // codes[c * V + v]: value v of the 64 steps of chunk c, plus 128.
+  INLINE void tile(const uint8_t* stream, __m512i* codes) const {
+    const __m512i first = load_bytes<(kBytes > 64 ? 64 : kBytes)>(stream);
+    __m512i second = first;
+    if constexpr (kBytes > 64) second = load_bytes<kBytes - 64>(stream + 64);
+    for (int c = 0; c < kChunks; ++c) {
+      const __m512i words = kBytes > 64 ? _mm512_permutex2var_epi8(first, gather[c], second) : _mm512_permutexvar_epi8(gather[c], first);
+      const __m512i begin = _mm512_multishift_epi64_epi8(older, words), end = _mm512_multishift_epi64_epi8(newer, words);
+      for (int v = 0; v < V; ++v) {
+        const __m512i sum = _mm512_add_epi8(_mm512_permutexvar_epi8(begin, low[v]), _mm512_permutexvar_epi8(end, high[v]));
+        const __mmask64 negative = _mm512_movepi8_mask(sum);
+        const __m512i index = _mm512_mask_sub_epi8(sum, negative, _mm512_set1_epi8(-1), sum);
+        const __m512i code = _mm512_permutex2var_epi8(positive[0], index, positive[1]);
+        codes[c * V + v] = _mm512_mask_sub_epi8(code, negative, _mm512_setzero_si512(), code);
+      }
+    }
+  }
+};
+
+// A vector x: for each tile 16 bytes h and 16 bytes l, columns v, V + v, 2 V + v ... together for each v; then for each
+// segment what its sums start at; then the scale.
+int64_t segments(const Bank& b) { return (across(b) + kSegment - 1) / kSegment; }
+int64_t starts_at(const Bank& b) { return (across(b) * 32 + 63) / 64 * 64; }
+int64_t scale_at(const Bank& b) { return starts_at(b) + segments(b) * 128; }
+int64_t prepared_floats(const Bank& b) {
+  const int64_t lines = scale_at(b) / 64 + 1;
+  return (lines | 1) * kLane;  // an odd number of cache lines: several vectors then never fight for the same ones
+}
+
+template <int V>
+INLINE __m512i broadcast(const int8_t* p) {  // 16 / V bytes
+  if constexpr (V == 1) return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  if constexpr (V == 2) {
+    int64_t word;
+    std::memcpy(&word, p, 8);
+    return _mm512_set1_epi64(word);
+  }
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+
+template <int V>
+INLINE void prepare_as(const Bank& b, const float* x, float* prepared) {
+  auto* planes = reinterpret_cast<int8_t*>(prepared);
+  const int64_t tiles = across(b);
+  const auto columns = [&](int64_t t) {
+    const int64_t left = b.cols - t * kSide;
+    return _mm512_maskz_loadu_ps(left >= kSide ? __mmask16(0xffff) : __mmask16((1u << left) - 1), x + t * kSide);
+  };
+  __m512i largest = _mm512_setzero_si512();  // as integers, where not-a-number is the largest
+  for (int64_t t = 0; t < tiles; ++t)
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(columns(t)), _mm512_set1_epi32(0x7fffffff)));
+  const int32_t bits = _mm512_reduce_max_epi32(largest);
+  float top;
+  std::memcpy(&top, &bits, 4);
+  constexpr float kMost = 127 * 128 + 63;
+  const bool finite = bits < 0x7f800000, tiny = bits < (27 << 23);  // below 2^-100 nothing is left
+  const float inverse = finite && !tiny ? kMost / top : 0.0f;
+  prepared[scale_at(b) / 4] = !finite ? std::nanf("") : tiny ? 0.0f : top / kMost;
+  alignas(16) uint8_t order[16];  // columns v, V + v, ... together
+  for (int i = 0; i < 16; ++i) order[i] = uint8_t(i % (16 / V) * V + i / (16 / V));
+  const __m128i together = _mm_load_si128(reinterpret_cast<const __m128i*>(order));
+  for (int64_t first = 0; first < tiles; first += kSegment) {
+    __m512i high = _mm512_setzero_si512(), low = high;
+    const __m512i half = _mm512_set1_epi8(-128);
+    for (int64_t t = first; t < std::min(first + kSegment, tiles); ++t) {
+      const __mmask16 all = finite ? 0xffff : 0;
+      const __m512i q = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(columns(t), _mm512_set1_ps(inverse)));
+      const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
+      const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 7));
+      auto* to = reinterpret_cast<__m128i*>(planes + 32 * t);
+      _mm_storeu_si128(to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(h), together));
+      _mm_storeu_si128(to + 1, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(l), together));
+      for (int v = 0; v < V; ++v) {
+        high = _mm512_dpbusd_epi32(high, half, broadcast<V>(planes + 32 * t + v * (16 / V)));
+        low = _mm512_dpbusd_epi32(low, half, broadcast<V>(planes + 32 * t + 16 + v * (16 / V)));
+      }
+    }
+    int8_t* start = planes + starts_at(b) + first / kSegment * 128;
+    _mm512_storeu_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), high));
+    _mm512_storeu_si512(start + 64, _mm512_sub_epi32(_mm512_setzero_si512(), low));
+  }
+}
+
+void prepare(const Bank& b, const float* x, float* prepared) {
+  (b.vector == 1 ? prepare_as<1> : b.vector == 2 ? prepare_as<2> : prepare_as<4>)(b, x, prepared);
+}
+
+// The sums of the 4 V rows of a chunk: those of 4 / V lanes each.
+template <int V>
+INLINE void add_rows(__m512i high, __m512i low, float factor, float* sums) {
+  __m512 lanes = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(low));
+  if constexpr (V <= 2) lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0xb1));
+  if constexpr (V == 1) lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0x4e));
+  if constexpr (V <= 2) lanes = _mm512_maskz_compress_ps(V == 2 ? 0x5555 : 0x1111, lanes);
+  constexpr __mmask16 rows = __mmask16((1u << (4 * V)) - 1);
+  const __m512 before = _mm512_maskz_loadu_ps(rows, sums);
+  _mm512_mask_storeu_ps(sums, rows, _mm512_fmadd_ps(lanes, _mm512_set1_ps(factor), before));
+}
+
+// A segment of `tiles` tiles times T vectors, decoded to registers.
+template <int B, int V, int T>
+INLINE void decode_and_multiply(const Strip& s, const Decoder<B, V>& decoder, int64_t first, int64_t tiles) {
+  constexpr int C = 4 / V;
+  const int8_t* x[T];
+  __m512i high[C][T], low[C][T];
+  for (int t = 0; t < T; ++t) {
+    const auto* whole = reinterpret_cast<const int8_t*>(s.prepared + t * s.stride);
+    x[t] = whole + first * 32;
+    const int8_t* start = whole + starts_at(*s.bank) + first / kSegment * 128;
+    for (int c = 0; c < C; ++c) high[c][t] = _mm512_loadu_si512(start), low[c][t] = _mm512_loadu_si512(start + 64);
+  }
+  const uint8_t* stream = s.stream + first * decoder.kBytes;
+  for (int64_t i = 0; i < tiles; ++i) {
+    __m512i codes[4];
+    decoder.tile(stream + i * decoder.kBytes, codes);
+    for (int v = 0; v < V; ++v)
+      for (int t = 0; t < T; ++t) {
+        const __m512i h = broadcast<V>(x[t] + 32 * i + v * (16 / V)), l = broadcast<V>(x[t] + 32 * i + 16 + v * (16 / V));
+        for (int c = 0; c < C; ++c) {
+          high[c][t] = _mm512_dpbusd_epi32(high[c][t], codes[c * V + v], h);
+          low[c][t] = _mm512_dpbusd_epi32(low[c][t], codes[c * V + v], l);
+        }
+      }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < C; ++c)
+      add_rows<V>(high[c][t], low[c][t], s.prepared[t * s.stride + scale_at(*s.bank) / 4], s.sums[t] + c * 4 * V);
+}
+
+// The same from codes in the cache, [chunk][tile][v][64], for vectors from `from` on; missing ones repeat the last.
+template <int V, int T>
+INLINE void multiply_decoded(const Strip& s, const uint8_t* codes, int64_t from, int64_t first, int64_t tiles) {
+  constexpr int K = T == 4 ? 2 : 1;  // sums for each x and plane: enough to hide the latency of one
+  const int8_t *x[T], *start[T];
+  for (int t = 0; t < T; ++t) {
+    const auto* whole = reinterpret_cast<const int8_t*>(s.prepared + std::min(from + t, s.together - 1) * s.stride);
+    x[t] = whole + first * 32;
+    start[t] = whole + starts_at(*s.bank) + first / kSegment * 128;
+  }
+  for (int c = 0; c < 4 / V; ++c) {
+    __m512i high[T][K], low[T][K];
+    for (int t = 0; t < T; ++t) {
+      for (int k = 1; k < K; ++k) high[t][k] = low[t][k] = _mm512_setzero_si512();
+      high[t][0] = _mm512_loadu_si512(start[t]), low[t][0] = _mm512_loadu_si512(start[t] + 64);
+    }
+    for (int64_t i = 0; i < tiles; ++i, codes += 64 * V)
+      for (int v = 0; v < V; ++v) {
+        const __m512i code = _mm512_loadu_si512(codes + 64 * v);
+        for (int t = 0; t < T; ++t) {
+          high[t][v % K] = _mm512_dpbusd_epi32(high[t][v % K], code, broadcast<V>(x[t] + 32 * i + v * (16 / V)));
+          low[t][v % K] = _mm512_dpbusd_epi32(low[t][v % K], code, broadcast<V>(x[t] + 32 * i + 16 + v * (16 / V)));
+        }
+      }
+    for (int t = 0; t < T && from + t < s.together; ++t) {
+      for (int k = 1; k < K; ++k) {
+        high[t][0] = _mm512_add_epi32(high[t][0], high[t][k]);
+        low[t][0] = _mm512_add_epi32(low[t][0], low[t][k]);
+      }
+      const float scale = s.prepared[(from + t) * s.stride + scale_at(*s.bank) / 4];
+      add_rows<V>(high[t][0], low[t][0], scale, s.sums[from + t] + c * 4 * V);
+    }
+  }
+}
+
+template <int V>
+void multiply_all_decoded(const Strip& s, const uint8_t* codes, int64_t first, int64_t tiles) {
+  for (int64_t from = 0; from < s.together;)
+    if (s.together - from > 4) {
+      multiply_decoded<V, 8>(s, codes, from, first, tiles), from += 8;
+    } else {
+      multiply_decoded<V, 4>(s, codes, from, first, tiles), from += 4;
+    }
+}
+
+template <int B, int V>
+void multiply_as(const Strip& s) {
+  const Decoder<B, V> decoder(*s.bank);
+  const int64_t all = across(*s.bank);
+  for (int64_t first = 0; first < all; first += kSegment) {
+    const int64_t tiles = std::min(kSegment, all - first);
+    if (s.together == 1) {
+      decode_and_multiply<B, V, 1>(s, decoder, first, tiles);
+    } else if (s.together == 2) {
+      decode_and_multiply<B, V, 2>(s, decoder, first, tiles);
+    } else {
+      auto* codes = reinterpret_cast<uint8_t*>(s.scratch);
+      for (int64_t i = 0; i < tiles; ++i) {
+        __m512i tile[4];
+        decoder.tile(s.stream + (first + i) * decoder.kBytes, tile);
+        for (int c = 0; c < 4 / V; ++c)
+          for (int v = 0; v < V; ++v) _mm512_storeu_si512(codes + ((c * tiles + i) * V + v) * 64, tile[c * V + v]);
+      }
+      multiply_all_decoded<V>(s, codes, first, tiles);
+    }
+  }
+  for (int64_t t = 0; t < s.together; ++t)
+    for (int r = 0; r < kSide; ++r) s.sums[t][r] = s.sums[t][r] * kStep * s.scale;
+}
+
+void multiply(const Strip& s) {
+  for (int64_t t = 0; t < s.together; ++t)
+    for (int r = 0; r < kSide; ++r) s.sums[t][r] = 0;
+  switch (s.bank->vector * 16 + s.bank->bits) {
+    case 1 * 16 + 3: return multiply_as<3, 1>(s);
+    case 1 * 16 + 4: return multiply_as<4, 1>(s);
+    case 2 * 16 + 1: return multiply_as<1, 2>(s);
+    case 2 * 16 + 2: return multiply_as<2, 2>(s);
+    case 2 * 16 + 3: return multiply_as<3, 2>(s);
+    case 2 * 16 + 4: return multiply_as<4, 2>(s);
+    case 2 * 16 + 5: return multiply_as<5, 2>(s);
+    case 4 * 16 + 3: return multiply_as<3, 4>(s);
+    case 4 * 16 + 5: return multiply_as<5, 4>(s);
+  }
+}
+
+template <int B, int V>
+void decode_as(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride) {
+  const Decoder<B, V> decoder(b);
+  for (int64_t t = 0; t < tiles; ++t) {
+    __m512i codes[4], rows[4];  // rows[i]: four rows of the tile, those in `of` below
+    decoder.tile(stream + t * decoder.kBytes, codes);
+    if constexpr (V == 1) {
+      for (int c = 0; c < 4; ++c) rows[c] = codes[c];
+    } else if constexpr (V == 2) {
+      for (int c = 0; c < 2; ++c) {
+        rows[2 * c] = _mm512_unpacklo_epi8(codes[2 * c], codes[2 * c + 1]);
+        rows[2 * c + 1] = _mm512_unpackhi_epi8(codes[2 * c], codes[2 * c + 1]);
+      }
+    } else {
+      const __m512i low[2] = {_mm512_unpacklo_epi8(codes[0], codes[1]), _mm512_unpacklo_epi8(codes[2], codes[3])};
+      const __m512i high[2] = {_mm512_unpackhi_epi8(codes[0], codes[1]), _mm512_unpackhi_epi8(codes[2], codes[3])};
+      rows[0] = _mm512_unpacklo_epi16(low[0], low[1]), rows[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+      rows[2] = _mm512_unpacklo_epi16(high[0], high[1]), rows[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i levels = _mm512_xor_si512(rows[i], _mm512_set1_epi8(-128));
+      const __m128i part[4] = {_mm512_castsi512_si128(levels), _mm512_extracti32x4_epi32(levels, 1),
+                               _mm512_extracti32x4_epi32(levels, 2), _mm512_extracti32x4_epi32(levels, 3)};
+      for (int k = 0; k < 4; ++k) {
+        const int row = V == 1 ? 4 * i + k : V == 2 ? 8 * (i / 2) + 2 * k + i % 2 : 4 * k + i;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + row * stride + t * kSide), part[k]);
+      }
+    }
+  }
+}
+
+void decode(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride) {
+  switch (b.vector * 16 + b.bits) {
+    case 1 * 16 + 3: return decode_as<3, 1>(b, stream, tiles, out, stride);
+    case 1 * 16 + 4: return decode_as<4, 1>(b, stream, tiles, out, stride);
+    case 2 * 16 + 1: return decode_as<1, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 2: return decode_as<2, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 3: return decode_as<3, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 4: return decode_as<4, 2>(b, stream, tiles, out, stride);
+    case 2 * 16 + 5: return decode_as<5, 2>(b, stream, tiles, out, stride);
+    case 4 * 16 + 3: return decode_as<3, 4>(b, stream, tiles, out, stride);
+    case 4 * 16 + 5: return decode_as<5, 4>(b, stream, tiles, out, stride);
+  }
+}
+
+const Kernels kernels = {"avx512_vbmi", prepared_floats, kSegment * kTile / 4, prepare, multiply, decode};
+
+}  // namespace vbmi
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC diagnostic pop
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+// ---- which way, and the work ---------------------------------------------------------------------------------------
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels* best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+    return &vbmi::kernels;
+#endif
+  return &portable::kernels;
+}
+
+const Kernels& kernels() {
+  const Kernels* set = chosen.load();
+  if (set == nullptr) chosen.store(set = best());
+  return *set;
+}
+
+struct Item {  // strips first ... last - 1 of one matrix, times the vectors order[from] ... order[from + together - 1]
+  int64_t matrix, first, last, from, together;
+};
+
+struct Plan {
+  const Multiply* job;
+  const Kernels* kernels;
+  std::vector<int64_t> order;  // rows of x by matrix
+  std::vector<Item> items;
+  float* prepared;             // in that order
+  int64_t stride;
+};
+
+void prepare_one(const void* job, int64_t task, float*) {
+  const Plan& p = *static_cast<const Plan*>(job);
+  p.kernels->prepare(p.job->bank, p.job->x + p.order[size_t(task)] * p.job->bank.cols, p.prepared + task * p.stride);
+}
+
+void multiply_item(const void* job, int64_t task, float* scratch) {
+  const Plan& p = *static_cast<const Plan*>(job);
+  const Bank& b = p.job->bank;
+  const Item& item = p.items[size_t(task)];
+  for (int64_t strip = item.first; strip < item.last; ++strip) {
+    float sums[kTogether][kSide];
+    p.kernels->multiply({&b, strip_of(b, item.matrix, strip), p.prepared + item.from * p.stride, p.stride, item.together,
+                         b.scales[item.matrix], sums, scratch});
+    const int64_t rows = std::min<int64_t>(kSide, b.rows - strip * kSide);
+    for (int64_t t = 0; t < item.together; ++t)
+      std::memcpy(p.job->y + p.order[size_t(item.from + t)] * b.rows + strip * kSide, sums[t], size_t(rows) * 4);
+  }
+}
+
+// Rows of x sorted by matrix, at most kTogether of one matrix a time; strips cut so that every thread gets several items.
+void plan_work(Plan& p, int threads) {
+  const Multiply& m = *p.job;
+  const Bank& b = m.bank;
+  std::vector<int64_t> end(size_t(b.count) + 1, 0);
+  for (int64_t s = 0; s < m.batch; ++s)
+    if (m.slots[s] >= 0) end[size_t(m.slots[s]) + 1]++;
+  int64_t passes = 0;
+  for (size_t i = 1; i < end.size(); ++i) {
+    passes += (end[i] + kTogether - 1) / kTogether;
+    end[i] += end[i - 1];
+  }
+  p.order.resize(size_t(end.back()));
+  std::vector<int64_t> next(end.begin(), end.end() - 1);
+  for (int64_t s = 0; s < m.batch; ++s)
+    if (m.slots[s] >= 0) p.order[size_t(next[size_t(m.slots[s])]++)] = s;
+  const int64_t strips = down(b), step = std::max<int64_t>(1, passes * strips / (8 * threads));
+  for (int64_t matrix = 0; matrix < b.count; ++matrix)
+    for (int64_t from = end[size_t(matrix)]; from < end[size_t(matrix) + 1]; from += kTogether)
+      for (int64_t first = 0; first < strips; first += step)
+        p.items.push_back({matrix, first, std::min(first + step, strips), from, std::min(kTogether, end[size_t(matrix) + 1] - from)});
+}
+
+int run_tasks(int64_t tasks, void (*run)(const void*, int64_t, float*), const void* job, int64_t scratch, Parallel parallel, int threads) {
+  Pool pool;
+  pool.tasks = tasks;
+  pool.run = run;
+  pool.job = job;
+  pool.scratch_floats = scratch;
+  return spread(pool, parallel, int(std::min<int64_t>(threads, tasks)));
+}
+
+INLINE uint16_t to_bfloat16(float f) {  // to nearest, ties to even, as torch
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+FAST void write_floats(const int8_t* levels, int64_t count, float scale, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = float(levels[i]) * kStep * scale;
+}
+
+FAST void write_bfloat16(const int8_t* levels, int64_t count, float scale, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(float(levels[i]) * kStep * scale);
+}
+
+constexpr int64_t kLine = kSegment * kSide + 64;  // bytes from one row of levels to the next
+
+void dequantize_strip(const void* job, int64_t task, float* scratch) {
+  const Dequantize& d = *static_cast<const Dequantize*>(job);
+  const Bank& b = d.bank;
+  const int64_t strips = (d.last - d.first + kSide - 1) / kSide, i = task / strips, top = d.first + task % strips * kSide;
+  const int64_t rows = std::min<int64_t>(kSide, d.last - top), tiles = across(b);
+  auto* levels = reinterpret_cast<int8_t*>(scratch);
+  for (int64_t first = 0; first < tiles; first += kSegment) {
+    const int64_t part = std::min(kSegment, tiles - first), cols = std::min(part * kSide, b.cols - first * kSide);
+    kernels().decode(b, strip_of(b, d.index[i], top / kSide) + first * tile_bytes(b), part, levels, kLine);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (i * (d.last - d.first) + top - d.first + r) * b.cols + first * kSide;
+      if (d.type == kFloat32) {
+        write_floats(levels + r * kLine, cols, b.scales[d.index[i]], static_cast<float*>(d.out) + at);
+      } else {
+        write_bfloat16(levels + r * kLine, cols, b.scales[d.index[i]], static_cast<uint16_t*>(d.out) + at);
+      }
+    }
+  }
+}
+
+// ---- rotation ------------------------------------------------------------------------------------------------------
+
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+#if defined(__clang__)
+#define SHUFFLE(v, a, b, c, d) __builtin_shufflevector(v, v, a, b, c, d)
+#else
+#define SHUFFLE(v, a, b, c, d) __builtin_shuffle(v, (Integers4){a, b, c, d})
+typedef int32_t Integers4 __attribute__((vector_size(16)));
+#endif
+
+// In place, without the factor 1 / sqrt(N).
+template <int N>
+INLINE void hadamard(float* x) {
+  if constexpr (N == 2) {
+    const float a = x[0], b = x[1];
+    x[0] = a + b, x[1] = a - b;
+  }
+  for (int half = N / 2; half >= 4; half /= 2)
+    for (int first = 0; first < N; first += 2 * half)
+      for (int i = first; i < first + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b, x[i + half] = a - b;
+      }
+  if constexpr (N >= 4) {
+    for (int i = 0; i < N; i += 4) {
+      Four v;
+      std::memcpy(&v, x + i, sizeof v);
+      v = SHUFFLE(v, 2, 3, 0, 1) + v * Four{1, 1, -1, -1};
+      v = SHUFFLE(v, 1, 0, 3, 2) + v * Four{1, -1, 1, -1};
+      std::memcpy(x + i, &v, sizeof v);
+    }
+  }
+}
+
+template <int N>
+INLINE void rotate_block(const Rotate& r, int64_t row, int64_t at) {
+  const float norm = 1 / std::sqrt(float(N));
+  const float* sign = r.sign + at;
+  float block[N];
+  if (r.type == kFloat32) {
+    std::memcpy(block, static_cast<const float*>(r.x) + row * r.size + at, sizeof block);
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(r.x) + row * r.size + at;
+    uint32_t bits[N];
+    for (int i = 0; i < N; ++i) bits[i] = uint32_t{from[i]} << 16;
+    std::memcpy(block, bits, sizeof block);
+  }
+  if (!r.undo)
+    for (int i = 0; i < N; ++i) block[i] *= sign[i];
+  hadamard<N>(block);
+  for (int i = 0; i < N; ++i) block[i] *= norm;
+  if (r.undo)
+    for (int i = 0; i < N; ++i) block[i] *= sign[i];
+  std::memcpy(r.out + row * r.size + at, block, sizeof block);
+}
+
+FAST void rotate_row(const Rotate& r, int64_t row) {
+  int64_t at = 0;
+  for (; at + 128 <= r.size; at += 128) rotate_block<128>(r, row, at);
+  const int64_t rest = r.size - at;
+  if (rest & 64) rotate_block<64>(r, row, at), at += 64;
+  if (rest & 32) rotate_block<32>(r, row, at), at += 32;
+  if (rest & 16) rotate_block<16>(r, row, at), at += 16;
+  if (rest & 8) rotate_block<8>(r, row, at), at += 8;
+  if (rest & 4) rotate_block<4>(r, row, at), at += 4;
+  if (rest & 2) rotate_block<2>(r, row, at), at += 2;
+  if (rest & 1) rotate_block<1>(r, row, at);
+}
+
+int64_t rows_a_task(const Rotate& r) { return std::max<int64_t>(1, (kAlone / 4) / r.size); }
+
+void rotate_task(const void* job, int64_t task, float*) {
+  const Rotate& r = *static_cast<const Rotate*>(job);
+  const int64_t first = task * rows_a_task(r), last = std::min(first + rows_a_task(r), r.count);
+  for (int64_t row = first; row < last; ++row) rotate_row(r, row);
+}
+
+}  // namespace
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+EXPORT int moec_trellis_matmul_interface() { return kInterface; }
+
+EXPORT const char* moec_trellis_matmul_name() { return kernels().name; }
+
+// Choose "avx512_vbmi" or "portable", for tests; not kGood if this machine lacks it.
+EXPORT int moec_trellis_matmul_choose(const char* name) {
+  for (const Kernels* set : {best(), &portable::kernels})
+    if (std::strcmp(set->name, name) == 0) {
+      chosen.store(set);
+      return kGood;
+    }
+  return kBadSize;
+}
+
+// y [batch, rows] = for every s, matrix slots[s] times x[s]; zeros where slots[s] is -1.
+EXPORT int moec_trellis_multiply(const Multiply* job, Parallel parallel, int threads) try {
+  const Multiply& m = *job;
+  const Bank& b = m.bank;
+  if (!is_valid(b)) return kBadBank;
+  if (!has_bytes(m.x, m.x_bytes, m.batch, b.cols, 4) || !has_bytes(m.y, m.y_bytes, m.batch, b.rows, 4) ||
+      !has_bytes(m.slots, m.slots_bytes, m.batch, 1, 4))
+    return kBadSize;
+  for (int64_t s = 0; s < m.batch; ++s)
+    if (m.slots[s] < -1 || m.slots[s] >= b.count) return kBadSlot;
+  for (int64_t s = 0; s < m.batch; ++s)
+    if (m.slots[s] < 0) std::fill(m.y + s * b.rows, m.y + (s + 1) * b.rows, 0.0f);
+  Plan p{&m, &kernels(), {}, {}, nullptr, kernels().prepared_floats(b)};
+  plan_work(p, std::max(threads, 1));
+  if (p.items.empty()) return kGood;
+  const int64_t vectors = int64_t(p.order.size());
+  std::vector<float> room(size_t(vectors * p.stride + kLane));
+  p.prepared = room.data() + (kLane - reinterpret_cast<uintptr_t>(room.data()) / sizeof(float) % kLane) % kLane;
+  int status = run_tasks(vectors, prepare_one, &p, 0, parallel, vectors * b.cols < kAlone ? 1 : threads);
+  if (status != kGood) return status;
+  const int64_t weights = vectors * b.rows * b.cols;
+  return run_tasks(int64_t(p.items.size()), multiply_item, &p, p.kernels->scratch_floats, parallel, weights < kAlone ? 1 : threads);
+} catch (const std::bad_alloc&) {
+  return kNoMemory;
+}
+
+// Rows first ... last - 1 of chosen matrices, rotation not undone.
+EXPORT int moec_trellis_dequantize(const Dequantize* job, Parallel parallel, int threads) {
+  const Dequantize& d = *job;
+  const Bank& b = d.bank;
+  if (!is_valid(b)) return kBadBank;
+  if ((d.type != kFloat32 && d.type != kBfloat16) || d.first < 0 || d.last < d.first || d.last > b.rows || d.first % kSide != 0)
+    return kBadSize;
+  int64_t weights;
+  if (__builtin_mul_overflow(d.last - d.first, b.cols, &weights) || !has_bytes(d.index, d.index_bytes, d.chosen, 1, 8) ||
+      !has_bytes(d.out, d.out_bytes, d.chosen, weights, d.type == kFloat32 ? 4 : 2))
+    return kBadSize;
+  for (int64_t i = 0; i < d.chosen; ++i)
+    if (d.index[i] < 0 || d.index[i] >= b.count) return kBadSlot;
+  const int64_t strips = (d.last - d.first + kSide - 1) / kSide;
+  return run_tasks(d.chosen * strips, dequantize_strip, &d, kSide * kLine / 4, parallel, d.chosen * weights < kAlone ? 1 : threads);
+}
+
+// out[s] = H (sign * x[s]), or sign * (H x[s]): blockwise orthonormal Hadamard, blocks of 128, then the binary digits of the rest.
+EXPORT int moec_trellis_rotate(const Rotate* job, Parallel parallel, int threads) {
+  const Rotate& r = *job;
+  if ((r.type != kFloat32 && r.type != kBfloat16) || r.size < 1 || !has_bytes(r.sign, r.sign_bytes, r.size, 1, 4) ||
+      !has_bytes(r.x, r.x_bytes, r.count, r.size, r.type == kFloat32 ? 4 : 2) || !has_bytes(r.out, r.out_bytes, r.count, r.size, 4))
+    return kBadSize;
+  const int64_t step = rows_a_task(r);
+  return run_tasks((r.count + step - 1) / step, rotate_task, &r, 0, parallel, r.count * r.size < kAlone ? 1 : threads);
+}
+
+}  // extern "C"
