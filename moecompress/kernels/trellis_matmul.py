@@ -15,7 +15,7 @@ from torch import Tensor
 from moecompress.errors import UserError
 from moecompress.kernels import crowd, library
 from moecompress.pack import rotation, trellis
-from moecompress.pack.trellis import RATES, TILE, TrellisBank
+from moecompress.pack.trellis import RATES, TrellisBank
 from moecompress.progress import notice
 
 INTERFACE = 1  # kInterface in trellis_matmul.cpp

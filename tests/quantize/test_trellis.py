@@ -7,8 +7,8 @@ import torch
 
 from moecompress.errors import UserError
 from moecompress.kernels import trellis as native
-from moecompress.pack.trellis import RATES, TABLE_STEP, WINDOW, TrellisBank, dequantize, stored_bytes, table, windows
 from moecompress.pack import rotation
+from moecompress.pack.trellis import RATES, TABLE_STEP, WINDOW, TrellisBank, dequantize, stored_bytes, table, windows
 from moecompress.quantize.trellis import block_feedback, encode
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled encoder is not there")

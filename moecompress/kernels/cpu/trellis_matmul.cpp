@@ -21,7 +21,7 @@ constexpr int kBadSlot = 4, kBadBank = 5;
 constexpr int kSide = 16;           // rows and columns of a tile
 constexpr int kTile = kSide * kSide;
 constexpr int64_t kTogether = 16;   // vectors x for which a matrix is decoded once
-constexpr int64_t kSegment = 128;   // tiles decoded at a time: 32 KB of bytes
+constexpr int64_t kSegment = 64;    // tiles decoded at a time: 16 KB of bytes, which x of 8 vectors leave room for in the first-level cache
 constexpr int64_t kAlone = 1 << 17; // weights (or floats) below which one thread is quicker than two
 constexpr float kStep = 1.0f / 32;  // value of one in the table
 
@@ -98,7 +98,7 @@ struct Strip {
   int64_t stride;          // floats from one to the next
   int64_t together;        // how many
   float scale;             // of the matrix
-  float (*sums)[kSide];    // [together][16], the result
+  float (*sums)[kSide];    // [kTogether][16], the result; beyond `together` scratch
   float* scratch;
 };
 
@@ -410,37 +410,44 @@ INLINE void decode_and_multiply(const Strip& s, const Decoder<B, V>& decoder, in
       add_rows<V>(high[c][t], low[c][t], s.prepared[t * s.stride + scale_at(*s.bank) / 4], s.sums[t] + c * 4 * V);
 }
 
-// The same from codes in the cache, [chunk][tile][v][64], for vectors from `from` on; missing ones repeat the last.
+// The same from codes in the cache, [chunk][tile][v][64], for the T vectors from `from` on; missing ones repeat the last, and
+// their sums mean nothing.
 template <int V, int T>
 INLINE void multiply_decoded(const Strip& s, const uint8_t* codes, int64_t from, int64_t first, int64_t tiles) {
-  constexpr int K = T == 4 ? 2 : 1;  // sums for each x and plane: enough to hide the latency of one
+  constexpr int K = T == 4 && V > 1 ? 2 : 1;  // sums for each x and plane: enough to hide the latency of one
   const int8_t *x[T], *start[T];
+  float scale[T];
   for (int t = 0; t < T; ++t) {
-    const auto* whole = reinterpret_cast<const int8_t*>(s.prepared + std::min(from + t, s.together - 1) * s.stride);
-    x[t] = whole + first * 32;
-    start[t] = whole + starts_at(*s.bank) + first / kSegment * 128;
+    const auto* whole = s.prepared + std::min(from + t, s.together - 1) * s.stride;
+    scale[t] = whole[scale_at(*s.bank) / 4];
+    x[t] = reinterpret_cast<const int8_t*>(whole) + first * 32;
+    start[t] = reinterpret_cast<const int8_t*>(whole) + starts_at(*s.bank) + first / kSegment * 128;
   }
   for (int c = 0; c < 4 / V; ++c) {
-    __m512i high[T][K], low[T][K];
+    __m512i high[T * K], low[T * K];
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      for (int k = 1; k < K; ++k) high[t][k] = low[t][k] = _mm512_setzero_si512();
-      high[t][0] = _mm512_loadu_si512(start[t]), low[t][0] = _mm512_loadu_si512(start[t] + 64);
+      high[t] = _mm512_loadu_si512(start[t]), low[t] = _mm512_loadu_si512(start[t] + 64);
+      if constexpr (K == 2) high[T + t] = low[T + t] = _mm512_setzero_si512();
     }
-    for (int64_t i = 0; i < tiles; ++i, codes += 64 * V)
+    for (int64_t i = 0; i < tiles; ++i, codes += 64 * V) {
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const __m512i code = _mm512_loadu_si512(codes + 64 * v);
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-          high[t][v % K] = _mm512_dpbusd_epi32(high[t][v % K], code, broadcast<V>(x[t] + 32 * i + v * (16 / V)));
-          low[t][v % K] = _mm512_dpbusd_epi32(low[t][v % K], code, broadcast<V>(x[t] + 32 * i + 16 + v * (16 / V)));
+          const int8_t* at = x[t] + 32 * i + v * (16 / V);
+          const int k = v % K * T + t;
+          high[k] = _mm512_dpbusd_epi32(high[k], code, broadcast<V>(at));
+          low[k] = _mm512_dpbusd_epi32(low[k], code, broadcast<V>(at + 16));
         }
       }
-    for (int t = 0; t < T && from + t < s.together; ++t) {
-      for (int k = 1; k < K; ++k) {
-        high[t][0] = _mm512_add_epi32(high[t][0], high[t][k]);
-        low[t][0] = _mm512_add_epi32(low[t][0], low[t][k]);
-      }
-      const float scale = s.prepared[(from + t) * s.stride + scale_at(*s.bank) / 4];
-      add_rows<V>(high[t][0], low[t][0], scale, s.sums[from + t] + c * 4 * V);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const __m512i h = K == 2 ? _mm512_add_epi32(high[t], high[(K - 1) * T + t]) : high[t];
+      const __m512i l = K == 2 ? _mm512_add_epi32(low[t], low[(K - 1) * T + t]) : low[t];
+      add_rows<V>(h, l, scale[t], s.sums[from + t] + c * 4 * V);
     }
   }
 }
@@ -481,8 +488,7 @@ void multiply_as(const Strip& s) {
 }
 
 void multiply(const Strip& s) {
-  for (int64_t t = 0; t < s.together; ++t)
-    for (int r = 0; r < kSide; ++r) s.sums[t][r] = 0;
+  std::fill(s.sums[0], s.sums[0] + kTogether * kSide, 0.0f);
   switch (s.bank->vector * 16 + s.bank->bits) {
     case 1 * 16 + 3: return multiply_as<3, 1>(s);
     case 1 * 16 + 4: return multiply_as<4, 1>(s);
