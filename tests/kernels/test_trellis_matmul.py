@@ -18,7 +18,8 @@ from moecompress.pack import rotation, trellis
 from moecompress.pack.trellis import RATES, TrellisBank
 
 BEST = kernels.status()
-WAYS = [name for name in ("avx512_vbmi", "portable") if kernels.choose(name)]
+FIXED = ("amx", "avx512_vbmi")  # x in fixed point
+WAYS = [name for name in ("amx", "avx512_vbmi", "portable") if kernels.choose(name)]
 if WAYS:
     kernels.choose(BEST)
 
@@ -47,7 +48,7 @@ def random_bank(rows: int, cols: int, rate: float, count: int = 3) -> TrellisBan
 
 
 def assert_product(way: str, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, exact_x: bool = False) -> None:
-    """y is T x up to what float32 sums and the fixed-point x of avx512_vbmi must lose.
+    """y is T x up to what float32 sums and the fixed-point x of some must lose.
 
     Plain sums have at least 4 lanes, so that none adds more than cols / 4 products, each rounding once (2^-24 of a sum that is
     at most Σ |w x|); 16 more for the scales, the lanes and the segments. Fixed-point x are off by half a step at most, and the
@@ -56,9 +57,9 @@ def assert_product(way: str, y: torch.Tensor, x: torch.Tensor, slots: torch.Tens
     slots, x = slots.long(), x.double()
     chosen = weights[slots.clamp_min(0)].double() * (slots >= 0)[:, None, None]
     exact = torch.einsum("src,sc->sr", chosen, x)
-    roundings = 16 + (0 if way == "avx512_vbmi" else x.shape[1] / 4)
+    roundings = 16 + (0 if way in FIXED else x.shape[1] / 4)
     bound = torch.einsum("src,sc->sr", chosen.abs(), x.abs()) * roundings * 2**-24
-    if way == "avx512_vbmi" and not exact_x:
+    if way in FIXED and not exact_x:
         bound += chosen.abs().sum(-1) * x.abs().amax(1, keepdim=True) * (0.5 / 16319) * (1 + 1e-6)
     assert y.dtype == torch.float32 and y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= bound).all())
@@ -76,7 +77,7 @@ def test_products_match_float64(way, rate):
         assert_product(way, kernels.matmul(x, slots, bank), x, slots, weights)
 
 
-@pytest.mark.parametrize("batch", range(1, 41))
+@pytest.mark.parametrize("batch", [*range(1, 41), 47, 48, 49, 63, 64, 65, 130])
 def test_every_batch_for_one_matrix(way, batch):
     rate = list(RATES)[batch % len(RATES)]
     bank = random_bank(33, 2100, rate)  # columns in two segments
@@ -87,7 +88,7 @@ def test_every_batch_for_one_matrix(way, batch):
 
 @pytest.mark.parametrize("rate", RATES)
 def test_integers_are_multiplied_exactly(way, rate):
-    """Whole numbers up to 16319 are fixed-point numbers of avx512_vbmi: nothing but the last rounding may be off."""
+    """Whole numbers up to 16319 are fixed-point numbers: nothing but the last rounding may be off."""
     bank = random_bank(40, 2500, rate)
     generator = torch.Generator().manual_seed(5)
     x = torch.randint(-16319, 16320, (12, 2500), generator=generator).float()
@@ -162,7 +163,7 @@ def test_extreme_activations(way, value):
     x = torch.zeros(1, 70)
     x[0, 33] = value
     y = kernels.matmul(x, torch.tensor([1], dtype=torch.int32), bank)[0]
-    if x.isfinite().all():  # below 2^-100 avx512_vbmi takes x for zero
+    if x.isfinite().all():  # below 2^-100 a fixed-point x is zero
         assert bool(((y - weights[1, :, 33] * value).abs() <= y.abs() * 1e-5 + 2.0**-95).all())
     else:
         assert not y[weights[1, :, 33] != 0].isfinite().any()

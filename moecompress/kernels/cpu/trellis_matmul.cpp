@@ -1,8 +1,8 @@
 // Arithmetic on matrices of the format "trellis" (pack/SPEC.md, section 9), for the CPU: products, decoding, rotation.
 //
 // y = T x never stores T. A strip of 16 rows is decoded a few tiles at a time into the first-level cache, for all the x
-// that want the matrix (up to 16 at once), and multiplied from there. There are two ways: plain C++ with float32 x, and
-// AVX-512 VBMI, where a decoded weight is one byte and x is fixed-point (see namespace vbmi).
+// that want the matrix (up to 16 or 64 at once), and multiplied from there. There are three ways: plain C++ with float32 x;
+// AVX-512 VBMI, where a decoded weight is one byte and x is fixed-point (see namespace vbmi); and the same with AMX.
 // Whatever a file can influence is compared with the sizes of the memory behind it before anything is read; the bits of a
 // stream may be any.
 #include "pool.h"
@@ -12,6 +12,12 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MOEC_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace {
@@ -20,7 +26,7 @@ constexpr int kInterface = 1;  // raise when an exported function changes; trell
 constexpr int kBadSlot = 4, kBadBank = 5;
 constexpr int kSide = 16;           // rows and columns of a tile
 constexpr int kTile = kSide * kSide;
-constexpr int64_t kTogether = 16;   // vectors x for which a matrix is decoded once
+constexpr int64_t kMostTogether = 64;
 constexpr int64_t kSegment = 64;    // tiles decoded at a time: 16 KB of bytes, which x of 8 vectors leave room for in the first-level cache
 constexpr int64_t kAlone = 1 << 17; // weights (or floats) below which one thread is quicker than two
 constexpr float kStep = 1.0f / 32;  // value of one in the table
@@ -98,12 +104,13 @@ struct Strip {
   int64_t stride;          // floats from one to the next
   int64_t together;        // how many
   float scale;             // of the matrix
-  float (*sums)[kSide];    // [kTogether][16], the result; beyond `together` scratch
+  float (*sums)[kSide];    // [kMostTogether][16], the result; beyond `together` scratch
   float* scratch;
 };
 
 struct Kernels {
   const char* name;
+  int64_t together;  // vectors x for which a matrix is decoded once, at most
   int64_t (*prepared_floats)(const Bank&);  // of one vector; a multiple of 16
   int64_t scratch_floats;
   void (*prepare)(const Bank&, const float* x, float* prepared);
@@ -116,6 +123,7 @@ struct Kernels {
 
 namespace portable {
 
+constexpr int64_t kTogether = 16;
 constexpr int64_t kPart = 16;                        // tiles decoded at a time: 256 columns
 constexpr int64_t kFloats = kPart * kSide + kLane;   // of a row of them, apart from multiples of 4096 bytes
 
@@ -222,7 +230,7 @@ FAST void multiply(const Strip& s) {
 }
 
 constexpr int64_t kScratch = kSide * kFloats + kTogether * kSide * kLane + kPart * kTile / 4;
-const Kernels kernels = {"portable", prepared_floats, kScratch, prepare, multiply, decode};
+const Kernels kernels = {"portable", kTogether, prepared_floats, kScratch, prepare, multiply, decode};
 
 }  // namespace portable
 
@@ -298,10 +306,12 @@ struct Decoder {
   }
 };
 
-// A vector x: for each tile 16 bytes h and 16 bytes l, columns v, V + v, 2 V + v ... together for each v; then for each
-// segment what its sums start at; then the scale.
+// A vector x: for every four tiles 64 bytes h and 64 bytes l, in each tile columns v, V + v, 2 V + v ... together for every v;
+// then for each segment what its sums start at; then the scale.
 int64_t segments(const Bank& b) { return (across(b) + kSegment - 1) / kSegment; }
-int64_t starts_at(const Bank& b) { return (across(b) * 32 + 63) / 64 * 64; }
+int64_t starts_at(const Bank& b) { return (across(b) + 3) / 4 * 128; }
+INLINE int64_t tile_at(int64_t tile) { return (tile >> 2) * 128 + (tile & 3) * 16; }
+constexpr int64_t kLow = 64;  // from h to l
 int64_t scale_at(const Bank& b) { return starts_at(b) + segments(b) * 128; }
 int64_t prepared_floats(const Bank& b) {
   const int64_t lines = scale_at(b) / 64 + 1;
@@ -342,6 +352,7 @@ INLINE void prepare_as(const Bank& b, const float* x, float* prepared) {
   alignas(16) uint8_t order[16];  // columns v, V + v, ... together
   for (int i = 0; i < 16; ++i) order[i] = uint8_t(i % (16 / V) * V + i / (16 / V));
   const __m128i together = _mm_load_si128(reinterpret_cast<const __m128i*>(order));
+  std::memset(planes + starts_at(b) - 128, 0, 128);  // the last four tiles may be fewer
   for (int64_t first = 0; first < tiles; first += kSegment) {
     __m512i high = _mm512_setzero_si512(), low = high;
     const __m512i half = _mm512_set1_epi8(-128);
@@ -350,12 +361,12 @@ INLINE void prepare_as(const Bank& b, const float* x, float* prepared) {
       const __m512i q = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(columns(t), _mm512_set1_ps(inverse)));
       const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
       const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 7));
-      auto* to = reinterpret_cast<__m128i*>(planes + 32 * t);
-      _mm_storeu_si128(to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(h), together));
-      _mm_storeu_si128(to + 1, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(l), together));
+      int8_t* to = planes + tile_at(t);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(h), together));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kLow), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(l), together));
       for (int v = 0; v < V; ++v) {
-        high = _mm512_dpbusd_epi32(high, half, broadcast<V>(planes + 32 * t + v * (16 / V)));
-        low = _mm512_dpbusd_epi32(low, half, broadcast<V>(planes + 32 * t + 16 + v * (16 / V)));
+        high = _mm512_dpbusd_epi32(high, half, broadcast<V>(to + v * (16 / V)));
+        low = _mm512_dpbusd_epi32(low, half, broadcast<V>(to + kLow + v * (16 / V)));
       }
     }
     int8_t* start = planes + starts_at(b) + first / kSegment * 128;
@@ -388,7 +399,7 @@ INLINE void decode_and_multiply(const Strip& s, const Decoder<B, V>& decoder, in
   __m512i high[C][T], low[C][T];
   for (int t = 0; t < T; ++t) {
     const auto* whole = reinterpret_cast<const int8_t*>(s.prepared + t * s.stride);
-    x[t] = whole + first * 32;
+    x[t] = whole + tile_at(first);
     const int8_t* start = whole + starts_at(*s.bank) + first / kSegment * 128;
     for (int c = 0; c < C; ++c) high[c][t] = _mm512_loadu_si512(start), low[c][t] = _mm512_loadu_si512(start + 64);
   }
@@ -398,7 +409,8 @@ INLINE void decode_and_multiply(const Strip& s, const Decoder<B, V>& decoder, in
     decoder.tile(stream + i * decoder.kBytes, codes);
     for (int v = 0; v < V; ++v)
       for (int t = 0; t < T; ++t) {
-        const __m512i h = broadcast<V>(x[t] + 32 * i + v * (16 / V)), l = broadcast<V>(x[t] + 32 * i + 16 + v * (16 / V));
+        const int8_t* at = x[t] + tile_at(i) + v * (16 / V);
+        const __m512i h = broadcast<V>(at), l = broadcast<V>(at + kLow);
         for (int c = 0; c < C; ++c) {
           high[c][t] = _mm512_dpbusd_epi32(high[c][t], codes[c * V + v], h);
           low[c][t] = _mm512_dpbusd_epi32(low[c][t], codes[c * V + v], l);
@@ -420,7 +432,7 @@ INLINE void multiply_decoded(const Strip& s, const uint8_t* codes, int64_t from,
   for (int t = 0; t < T; ++t) {
     const auto* whole = s.prepared + std::min(from + t, s.together - 1) * s.stride;
     scale[t] = whole[scale_at(*s.bank) / 4];
-    x[t] = reinterpret_cast<const int8_t*>(whole) + first * 32;
+    x[t] = reinterpret_cast<const int8_t*>(whole) + tile_at(first);
     start[t] = reinterpret_cast<const int8_t*>(whole) + starts_at(*s.bank) + first / kSegment * 128;
   }
   for (int c = 0; c < 4 / V; ++c) {
@@ -436,10 +448,10 @@ INLINE void multiply_decoded(const Strip& s, const uint8_t* codes, int64_t from,
         const __m512i code = _mm512_loadu_si512(codes + 64 * v);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-          const int8_t* at = x[t] + 32 * i + v * (16 / V);
+          const int8_t* at = x[t] + tile_at(i) + v * (16 / V);
           const int k = v % K * T + t;
           high[k] = _mm512_dpbusd_epi32(high[k], code, broadcast<V>(at));
-          low[k] = _mm512_dpbusd_epi32(low[k], code, broadcast<V>(at + 16));
+          low[k] = _mm512_dpbusd_epi32(low[k], code, broadcast<V>(at + kLow));
         }
       }
     }
@@ -488,7 +500,7 @@ void multiply_as(const Strip& s) {
 }
 
 void multiply(const Strip& s) {
-  std::fill(s.sums[0], s.sums[0] + kTogether * kSide, 0.0f);
+  std::fill(s.sums[0], s.sums[0] + kMostTogether * kSide, 0.0f);
   switch (s.bank->vector * 16 + s.bank->bits) {
     case 1 * 16 + 3: return multiply_as<3, 1>(s);
     case 1 * 16 + 4: return multiply_as<4, 1>(s);
@@ -547,15 +559,183 @@ void decode(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out, in
   }
 }
 
-const Kernels kernels = {"avx512_vbmi", prepared_floats, kSegment * kTile / 4, prepare, multiply, decode};
+const Kernels kernels = {"avx512_vbmi", 16, prepared_floats, kSegment * kTile / 4, prepare, multiply, decode};
 
 }  // namespace vbmi
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
-#pragma GCC diagnostic pop
 #pragma GCC pop_options
+#endif
+
+// ---- AMX: 16 vectors x times 16 rows times 64 columns in one instruction -------------------------------------------------
+//
+// An operand B has 16 lines of 64 bytes: for each of the 16 rows of a strip 4 of the 64 columns, in any order that x shares.
+// The order of the decoder is (almost) that one: four tiles of it are a B, and 64 bytes of a plane of x are a line of A.
+
+#if defined(MOEC_AMX)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,amx-tile,amx-int8"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,amx-tile,amx-int8")
+#endif
+
+namespace amx {
+
+using vbmi::Decoder;
+
+// The codes of a tile as four lines of an operand B: levels, for each row 4 columns.
+template <int V>
+INLINE void lines(const __m512i* codes, uint8_t* out) {
+  __m512i line[4];
+  if constexpr (V == 4) {
+    for (int v = 0; v < 4; ++v) line[v] = codes[v];
+  } else if constexpr (V == 2) {  // 8 rows of 2 words in a vector: the even words of both chunks, and the odd ones
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int v = 0; v < 2; ++v) {
+      line[2 * v] = _mm512_permutex2var_epi32(codes[v], even, codes[2 + v]);
+      line[2 * v + 1] = _mm512_permutex2var_epi32(codes[v], odd, codes[2 + v]);
+    }
+  } else {  // 4 rows of 4 words in a vector: a transposition of words
+    const __m512i begin = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);  // word 0, then word 1
+    const __m512i end = _mm512_add_epi32(begin, _mm512_set1_epi32(2));
+    for (int half = 0; half < 2; ++half) {
+      const __m512i upper = _mm512_permutex2var_epi32(codes[0], half ? end : begin, codes[1]);
+      const __m512i lower = _mm512_permutex2var_epi32(codes[2], half ? end : begin, codes[3]);
+      line[2 * half] = _mm512_shuffle_i64x2(upper, lower, 0x44);
+      line[2 * half + 1] = _mm512_shuffle_i64x2(upper, lower, 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + 64 * i, _mm512_xor_si512(line[i], _mm512_set1_epi8(-128)));
+}
+
+struct alignas(64) Config {  // as ldtilecfg reads it
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3: sums of h and l for the first 16 vectors, and for 16 more; 4: B; 5 and 6: h and l of x, 7: spare.
+void configure(int64_t first, int64_t second) {
+  Config c;
+  const int64_t rows[8] = {first, first, second, second, kSide, first, second, 0};
+  for (int i = 0; i < 7; ++i) c.rows[i] = uint8_t(rows[i]), c.bytes[i] = rows[i] ? 64 : 0;
+  _tile_loadconfig(&c);
+}
+
+// sums += factor (128 h + l) for `count` vectors; h and l int32 [16][16].
+void add(const int32_t* high, const int32_t* low, int64_t count, const float* scale, int64_t stride, float (*sums)[kSide]) {
+  for (int64_t t = 0; t < count; ++t) {
+    const __m512 h = _mm512_cvtepi32_ps(_mm512_load_si512(high + t * kSide)), l = _mm512_cvtepi32_ps(_mm512_load_si512(low + t * kSide));
+    const __m512 value = _mm512_fmadd_ps(h, _mm512_set1_ps(128.0f), l);
+    _mm512_storeu_ps(sums[t], _mm512_fmadd_ps(value, _mm512_set1_ps(scale[t * stride]), _mm512_loadu_ps(sums[t])));
+  }
+}
+
+// Up to 32 vectors from `from` on times `quads` operands B.
+void multiply_pair(const Strip& s, const uint8_t* codes, int64_t from, int64_t first, int64_t quads) {
+  const int64_t left = s.together - from, one = std::min<int64_t>(left, 16), two = std::min<int64_t>(left - one, 16);
+  const auto* x = reinterpret_cast<const int8_t*>(s.prepared + from * s.stride) + vbmi::tile_at(first);
+  const int64_t stride = s.stride * 4;
+  alignas(64) int32_t sums[4][kTile];
+  configure(one, two);
+  _tile_zero(0);
+  _tile_zero(1);
+  if (two > 0) {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t q = 0; q < quads; ++q) {
+      const int8_t* at = x + q * 128;
+      _tile_loadd(4, codes + q * 1024, 64);
+      _tile_loadd(5, at, stride);
+      _tile_dpbssd(0, 5, 4);
+      _tile_loadd(6, at + 16 * stride, stride);
+      _tile_dpbssd(2, 6, 4);
+      _tile_loadd(5, at + vbmi::kLow, stride);
+      _tile_dpbssd(1, 5, 4);
+      _tile_loadd(6, at + vbmi::kLow + 16 * stride, stride);
+      _tile_dpbssd(3, 6, 4);
+    }
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+  } else {
+    for (int64_t q = 0; q < quads; ++q) {
+      _tile_loadd(4, codes + q * 1024, 64);
+      _tile_loadd(5, x + q * 128, stride);
+      _tile_dpbssd(0, 5, 4);
+      _tile_loadd(5, x + q * 128 + vbmi::kLow, stride);
+      _tile_dpbssd(1, 5, 4);
+    }
+  }
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  const float* scale = s.prepared + from * s.stride + vbmi::scale_at(*s.bank) / 4;
+  add(sums[0], sums[1], one, scale, s.stride, s.sums + from);
+  add(sums[2], sums[3], two, scale + 16 * s.stride, s.stride, s.sums + from + 16);
+}
+
+template <int B, int V>
+void multiply_as(const Strip& s) {
+  const Decoder<B, V> decoder(*s.bank);
+  const int64_t all = across(*s.bank);
+  auto* codes = reinterpret_cast<uint8_t*>(s.scratch);
+  for (int64_t first = 0; first < all; first += kSegment) {
+    const int64_t tiles = std::min(kSegment, all - first);
+    for (int64_t i = 0; i < tiles; ++i) {
+      __m512i tile[4];
+      decoder.tile(s.stream + (first + i) * decoder.kBytes, tile);
+      lines<V>(tile, codes + i * kTile);
+    }
+    __asm__ volatile("" ::: "memory");  // the intrinsics that load tiles do not say that they read memory
+    for (int64_t from = 0; from < s.together; from += 32) multiply_pair(s, codes, from, first, (tiles + 3) / 4);
+  }
+  _tile_release();
+  for (int64_t t = 0; t < s.together; ++t)
+    for (int r = 0; r < kSide; ++r) s.sums[t][r] = s.sums[t][r] * kStep * s.scale;
+}
+
+void multiply(const Strip& s) {
+  if (s.together <= 2) return vbmi::multiply(s);
+  std::fill(s.sums[0], s.sums[0] + s.together * kSide, 0.0f);
+  switch (s.bank->vector * 16 + s.bank->bits) {
+    case 1 * 16 + 3: return multiply_as<3, 1>(s);
+    case 1 * 16 + 4: return multiply_as<4, 1>(s);
+    case 2 * 16 + 1: return multiply_as<1, 2>(s);
+    case 2 * 16 + 2: return multiply_as<2, 2>(s);
+    case 2 * 16 + 3: return multiply_as<3, 2>(s);
+    case 2 * 16 + 4: return multiply_as<4, 2>(s);
+    case 2 * 16 + 5: return multiply_as<5, 2>(s);
+    case 4 * 16 + 3: return multiply_as<3, 4>(s);
+    case 4 * 16 + 5: return multiply_as<5, 4>(s);
+  }
+}
+
+const Kernels kernels = {"amx", kMostTogether, vbmi::prepared_floats, kSegment * kTile / 4, vbmi::prepare, multiply, vbmi::decode};
+
+// Whether the processor has it and the kernel lets this process use it (which must be asked for).
+bool granted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+}  // namespace amx
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // MOEC_AMX
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
 #endif
 
 #endif  // __x86_64__
@@ -564,20 +744,26 @@ const Kernels kernels = {"avx512_vbmi", prepared_floats, kSegment * kTile / 4, p
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-const Kernels* best() {
+std::vector<const Kernels*> available() {  // best first
+  std::vector<const Kernels*> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
-    return &vbmi::kernels;
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")) {
+#if defined(MOEC_AMX)
+    if (amx::granted()) sets.push_back(&amx::kernels);
 #endif
-  return &portable::kernels;
+    sets.push_back(&vbmi::kernels);
+  }
+#endif
+  sets.push_back(&portable::kernels);
+  return sets;
 }
 
 const Kernels& kernels() {
   const Kernels* set = chosen.load();
-  if (set == nullptr) chosen.store(set = best());
+  if (set == nullptr) chosen.store(set = available().front());
   return *set;
 }
 
@@ -604,7 +790,7 @@ void multiply_item(const void* job, int64_t task, float* scratch) {
   const Bank& b = p.job->bank;
   const Item& item = p.items[size_t(task)];
   for (int64_t strip = item.first; strip < item.last; ++strip) {
-    float sums[kTogether][kSide];
+    float sums[kMostTogether][kSide];
     p.kernels->multiply({&b, strip_of(b, item.matrix, strip), p.prepared + item.from * p.stride, p.stride, item.together,
                          b.scales[item.matrix], sums, scratch});
     const int64_t rows = std::min<int64_t>(kSide, b.rows - strip * kSide);
@@ -613,7 +799,7 @@ void multiply_item(const void* job, int64_t task, float* scratch) {
   }
 }
 
-// Rows of x sorted by matrix, at most kTogether of one matrix a time; strips cut so that every thread gets several items.
+// Rows of x sorted by matrix, so many of one matrix at a time as the kernels take; strips cut so that every thread gets several items.
 void plan_work(Plan& p, int threads) {
   const Multiply& m = *p.job;
   const Bank& b = m.bank;
@@ -621,8 +807,9 @@ void plan_work(Plan& p, int threads) {
   for (int64_t s = 0; s < m.batch; ++s)
     if (m.slots[s] >= 0) end[size_t(m.slots[s]) + 1]++;
   int64_t passes = 0;
+  const int64_t together = p.kernels->together;
   for (size_t i = 1; i < end.size(); ++i) {
-    passes += (end[i] + kTogether - 1) / kTogether;
+    passes += (end[i] + together - 1) / together;
     end[i] += end[i - 1];
   }
   p.order.resize(size_t(end.back()));
@@ -631,9 +818,9 @@ void plan_work(Plan& p, int threads) {
     if (m.slots[s] >= 0) p.order[size_t(next[size_t(m.slots[s])]++)] = s;
   const int64_t strips = down(b), step = std::max<int64_t>(1, passes * strips / (8 * threads));
   for (int64_t matrix = 0; matrix < b.count; ++matrix)
-    for (int64_t from = end[size_t(matrix)]; from < end[size_t(matrix) + 1]; from += kTogether)
+    for (int64_t from = end[size_t(matrix)]; from < end[size_t(matrix) + 1]; from += together)
       for (int64_t first = 0; first < strips; first += step)
-        p.items.push_back({matrix, first, std::min(first + step, strips), from, std::min(kTogether, end[size_t(matrix) + 1] - from)});
+        p.items.push_back({matrix, first, std::min(first + step, strips), from, std::min(together, end[size_t(matrix) + 1] - from)});
 }
 
 int run_tasks(int64_t tasks, void (*run)(const void*, int64_t, float*), const void* job, int64_t scratch, Parallel parallel, int threads) {
@@ -769,9 +956,9 @@ EXPORT int moec_trellis_matmul_interface() { return kInterface; }
 
 EXPORT const char* moec_trellis_matmul_name() { return kernels().name; }
 
-// Choose "avx512_vbmi" or "portable", for tests; not kGood if this machine lacks it.
+// Choose "amx", "avx512_vbmi" or "portable", for tests; not kGood if this machine lacks it.
 EXPORT int moec_trellis_matmul_choose(const char* name) {
-  for (const Kernels* set : {best(), &portable::kernels})
+  for (const Kernels* set : available())
     if (std::strcmp(set->name, name) == 0) {
       chosen.store(set);
       return kGood;
