@@ -100,8 +100,7 @@ const uint8_t* strip_of(const Bank& b, int64_t matrix, int64_t strip) {
 struct Strip {
   const Bank* bank;
   const uint8_t* stream;   // of its tiles
-  const float* prepared;   // the vectors, one after the other
-  int64_t stride;          // floats from one to the next
+  const float* prepared;   // the vectors, as `prepare` left them
   int64_t together;        // how many
   float scale;             // of the matrix
   float (*sums)[kSide];    // [kMostTogether][16], the result; beyond `together` scratch
@@ -113,7 +112,8 @@ struct Kernels {
   int64_t together;  // vectors x for which a matrix is decoded once, at most
   int64_t (*prepared_floats)(const Bank&);  // of one vector; a multiple of 16
   int64_t scratch_floats;
-  void (*prepare)(const Bank&, const float* x, float* prepared);
+  // Vector `which` of `together` that share the memory `prepared`.
+  void (*prepare)(const Bank&, const float* x, int64_t which, int64_t together, float* prepared);
   void (*multiply)(const Strip&);
   // `tiles` tiles to levels, int8 [16, 16 tiles] with rows `stride` bytes apart
   void (*decode)(const Bank&, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride);
@@ -161,7 +161,8 @@ FAST void decode(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* ou
 
 int64_t prepared_floats(const Bank& b) { return across(b) * kSide + kLane; }  // padded with zeros
 
-void prepare(const Bank& b, const float* x, float* prepared) {
+void prepare(const Bank& b, const float* x, int64_t which, int64_t, float* prepared) {
+  prepared += which * prepared_floats(b);
   std::fill(std::copy(x, x + b.cols, prepared), prepared + prepared_floats(b), 0.0f);
 }
 
@@ -186,7 +187,7 @@ INLINE void dots(const float* weights, const float* x, int64_t stride, int64_t t
 }
 
 FAST void multiply(const Strip& s) {
-  const int64_t tiles = across(*s.bank);
+  const int64_t tiles = across(*s.bank), stride = prepared_floats(*s.bank);
   auto* weights = s.scratch;                                        // [16][kFloats]
   auto* total = reinterpret_cast<Vector(*)[kSide]>(weights + kSide * kFloats);  // [kTogether][16] vectors
   auto* bytes = reinterpret_cast<int8_t*>(total + kTogether);       // [16][kPart tiles]
@@ -207,14 +208,14 @@ FAST void multiply(const Strip& s) {
       for (int r = 0; r < kSide; ++r) {
         Vector one[4][kSide];
         for (int i = 0; i < 4; ++i) one[i][0] = total[t + i][r];
-        dots<1, 4>(weights + r * kFloats, x + t * s.stride, s.stride, part, one);
+        dots<1, 4>(weights + r * kFloats, x + t * stride, stride, part, one);
         for (int i = 0; i < 4; ++i) total[t + i][r] = one[i][0];
       }
     for (; t < s.together; ++t)
       for (int r = 0; r < kSide; r += 4) {
         Vector four[1][kSide];
         for (int i = 0; i < 4; ++i) four[0][i] = total[t][r + i];
-        dots<4, 1>(weights + r * kFloats, x + t * s.stride, s.stride, part, four);
+        dots<4, 1>(weights + r * kFloats, x + t * stride, stride, part, four);
         for (int i = 0; i < 4; ++i) total[t][r + i] = four[0][i];
       }
   }
@@ -306,16 +307,22 @@ struct Decoder {
   }
 };
 
-// A vector x: for every four tiles 64 bytes h and 64 bytes l, in each tile columns v, V + v, 2 V + v ... together for every v;
-// then for each segment what its sums start at; then the scale.
+// Vectors x that are multiplied together: for every four tiles 64 bytes h of each vector, then 64 bytes l of each; in a tile
+// columns v, V + v, 2 V + v ... together for every v. Behind that, for each vector, what its sums start at in each segment, and
+// its scale.
 int64_t segments(const Bank& b) { return (across(b) + kSegment - 1) / kSegment; }
-int64_t starts_at(const Bank& b) { return (across(b) + 3) / 4 * 128; }
-INLINE int64_t tile_at(int64_t tile) { return (tile >> 2) * 128 + (tile & 3) * 16; }
-constexpr int64_t kLow = 64;  // from h to l
-int64_t scale_at(const Bank& b) { return starts_at(b) + segments(b) * 128; }
-int64_t prepared_floats(const Bank& b) {
-  const int64_t lines = scale_at(b) / 64 + 1;
-  return (lines | 1) * kLane;  // an odd number of cache lines: several vectors then never fight for the same ones
+int64_t plane_bytes(const Bank& b) { return (across(b) + 3) / 4 * 128; }  // of a vector, both planes
+int64_t prepared_floats(const Bank& b) { return (plane_bytes(b) + segments(b) * 128 + 64) / 4; }
+INLINE int64_t tile_at(int64_t tile, int64_t together) { return (tile >> 2) * 128 * together + (tile & 3) * 16; }
+
+struct Tail {  // of one vector
+  const int8_t* starts;  // [segments][2][64]: h and l
+  const float* scale;
+};
+
+INLINE Tail tail(const Bank& b, const float* prepared, int64_t which, int64_t together) {
+  const int8_t* starts = reinterpret_cast<const int8_t*>(prepared) + plane_bytes(b) * together + which * (segments(b) * 128 + 64);
+  return {starts, reinterpret_cast<const float*>(starts + segments(b) * 128)};
 }
 
 template <int V>
@@ -332,9 +339,10 @@ INLINE __m512i broadcast(const int8_t* p) {  // 16 / V bytes
 }
 
 template <int V>
-INLINE void prepare_as(const Bank& b, const float* x, float* prepared) {
-  auto* planes = reinterpret_cast<int8_t*>(prepared);
-  const int64_t tiles = across(b);
+INLINE void prepare_as(const Bank& b, const float* x, int64_t which, int64_t together, float* prepared) {
+  auto* planes = reinterpret_cast<int8_t*>(prepared) + which * 64;
+  auto* starts = const_cast<int8_t*>(tail(b, prepared, which, together).starts);
+  const int64_t tiles = across(b), to_low = 64 * together;
   const auto columns = [&](int64_t t) {
     const int64_t left = b.cols - t * kSide;
     return _mm512_maskz_loadu_ps(left >= kSide ? __mmask16(0xffff) : __mmask16((1u << left) - 1), x + t * kSide);
@@ -348,11 +356,13 @@ INLINE void prepare_as(const Bank& b, const float* x, float* prepared) {
   constexpr float kMost = 127 * 128 + 63;
   const bool finite = bits < 0x7f800000, tiny = bits < (27 << 23);  // below 2^-100 nothing is left
   const float inverse = finite && !tiny ? kMost / top : 0.0f;
-  prepared[scale_at(b) / 4] = !finite ? std::nanf("") : tiny ? 0.0f : top / kMost;
+  *const_cast<float*>(tail(b, prepared, which, together).scale) = !finite ? std::nanf("") : tiny ? 0.0f : top / kMost;
   alignas(16) uint8_t order[16];  // columns v, V + v, ... together
   for (int i = 0; i < 16; ++i) order[i] = uint8_t(i % (16 / V) * V + i / (16 / V));
-  const __m128i together = _mm_load_si128(reinterpret_cast<const __m128i*>(order));
-  std::memset(planes + starts_at(b) - 128, 0, 128);  // the last four tiles may be fewer
+  const __m128i by_value = _mm_load_si128(reinterpret_cast<const __m128i*>(order));
+  const int64_t last = tile_at(tiles - 1, together) / 64 * 64;  // the last four tiles may be fewer
+  std::memset(planes + last, 0, 64);
+  std::memset(planes + last + to_low, 0, 64);
   for (int64_t first = 0; first < tiles; first += kSegment) {
     __m512i high = _mm512_setzero_si512(), low = high;
     const __m512i half = _mm512_set1_epi8(-128);
@@ -361,22 +371,22 @@ INLINE void prepare_as(const Bank& b, const float* x, float* prepared) {
       const __m512i q = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(columns(t), _mm512_set1_ps(inverse)));
       const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(64)), 7);
       const __m512i l = _mm512_sub_epi32(q, _mm512_slli_epi32(h, 7));
-      int8_t* to = planes + tile_at(t);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(h), together));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kLow), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(l), together));
+      int8_t* to = planes + tile_at(t, together);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(h), by_value));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + to_low), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(l), by_value));
       for (int v = 0; v < V; ++v) {
         high = _mm512_dpbusd_epi32(high, half, broadcast<V>(to + v * (16 / V)));
-        low = _mm512_dpbusd_epi32(low, half, broadcast<V>(to + kLow + v * (16 / V)));
+        low = _mm512_dpbusd_epi32(low, half, broadcast<V>(to + to_low + v * (16 / V)));
       }
     }
-    int8_t* start = planes + starts_at(b) + first / kSegment * 128;
+    int8_t* start = starts + first / kSegment * 128;
     _mm512_storeu_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), high));
     _mm512_storeu_si512(start + 64, _mm512_sub_epi32(_mm512_setzero_si512(), low));
   }
 }
 
-void prepare(const Bank& b, const float* x, float* prepared) {
-  (b.vector == 1 ? prepare_as<1> : b.vector == 2 ? prepare_as<2> : prepare_as<4>)(b, x, prepared);
+void prepare(const Bank& b, const float* x, int64_t which, int64_t together, float* prepared) {
+  (b.vector == 1 ? prepare_as<1> : b.vector == 2 ? prepare_as<2> : prepare_as<4>)(b, x, which, together, prepared);
 }
 
 // The sums of the 4 V rows of a chunk: those of 4 / V lanes each.
@@ -395,12 +405,10 @@ INLINE void add_rows(__m512i high, __m512i low, float factor, float* sums) {
 template <int B, int V, int T>
 INLINE void decode_and_multiply(const Strip& s, const Decoder<B, V>& decoder, int64_t first, int64_t tiles) {
   constexpr int C = 4 / V;
-  const int8_t* x[T];
+  const auto* x = reinterpret_cast<const int8_t*>(s.prepared);
   __m512i high[C][T], low[C][T];
   for (int t = 0; t < T; ++t) {
-    const auto* whole = reinterpret_cast<const int8_t*>(s.prepared + t * s.stride);
-    x[t] = whole + tile_at(first);
-    const int8_t* start = whole + starts_at(*s.bank) + first / kSegment * 128;
+    const int8_t* start = tail(*s.bank, s.prepared, t, T).starts + first / kSegment * 128;
     for (int c = 0; c < C; ++c) high[c][t] = _mm512_loadu_si512(start), low[c][t] = _mm512_loadu_si512(start + 64);
   }
   const uint8_t* stream = s.stream + first * decoder.kBytes;
@@ -409,8 +417,8 @@ INLINE void decode_and_multiply(const Strip& s, const Decoder<B, V>& decoder, in
     decoder.tile(stream + i * decoder.kBytes, codes);
     for (int v = 0; v < V; ++v)
       for (int t = 0; t < T; ++t) {
-        const int8_t* at = x[t] + tile_at(i) + v * (16 / V);
-        const __m512i h = broadcast<V>(at), l = broadcast<V>(at + kLow);
+        const int8_t* at = x + tile_at(first + i, T) + t * 64 + v * (16 / V);
+        const __m512i h = broadcast<V>(at), l = broadcast<V>(at + 64 * T);
         for (int c = 0; c < C; ++c) {
           high[c][t] = _mm512_dpbusd_epi32(high[c][t], codes[c * V + v], h);
           low[c][t] = _mm512_dpbusd_epi32(low[c][t], codes[c * V + v], l);
@@ -419,7 +427,7 @@ INLINE void decode_and_multiply(const Strip& s, const Decoder<B, V>& decoder, in
   }
   for (int t = 0; t < T; ++t)
     for (int c = 0; c < C; ++c)
-      add_rows<V>(high[c][t], low[c][t], s.prepared[t * s.stride + scale_at(*s.bank) / 4], s.sums[t] + c * 4 * V);
+      add_rows<V>(high[c][t], low[c][t], *tail(*s.bank, s.prepared, t, T).scale, s.sums[t] + c * 4 * V);
 }
 
 // The same from codes in the cache, [chunk][tile][v][64], for the T vectors from `from` on; missing ones repeat the last, and
@@ -429,11 +437,13 @@ INLINE void multiply_decoded(const Strip& s, const uint8_t* codes, int64_t from,
   constexpr int K = T == 4 && V > 1 ? 2 : 1;  // sums for each x and plane: enough to hide the latency of one
   const int8_t *x[T], *start[T];
   float scale[T];
+  const int64_t n = s.together, to_low = 64 * n;
   for (int t = 0; t < T; ++t) {
-    const auto* whole = s.prepared + std::min(from + t, s.together - 1) * s.stride;
-    scale[t] = whole[scale_at(*s.bank) / 4];
-    x[t] = reinterpret_cast<const int8_t*>(whole) + tile_at(first);
-    start[t] = reinterpret_cast<const int8_t*>(whole) + starts_at(*s.bank) + first / kSegment * 128;
+    const int64_t which = std::min(from + t, n - 1);
+    const Tail end = tail(*s.bank, s.prepared, which, n);
+    scale[t] = *end.scale;
+    start[t] = end.starts + first / kSegment * 128;
+    x[t] = reinterpret_cast<const int8_t*>(s.prepared) + which * 64 + tile_at(first, n);
   }
   for (int c = 0; c < 4 / V; ++c) {
     __m512i high[T * K], low[T * K];
@@ -448,10 +458,10 @@ INLINE void multiply_decoded(const Strip& s, const uint8_t* codes, int64_t from,
         const __m512i code = _mm512_loadu_si512(codes + 64 * v);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-          const int8_t* at = x[t] + tile_at(i) + v * (16 / V);
+          const int8_t* at = x[t] + tile_at(i, n) + v * (16 / V);
           const int k = v % K * T + t;
           high[k] = _mm512_dpbusd_epi32(high[k], code, broadcast<V>(at));
-          low[k] = _mm512_dpbusd_epi32(low[k], code, broadcast<V>(at + kLow));
+          low[k] = _mm512_dpbusd_epi32(low[k], code, broadcast<V>(at + to_low));
         }
       }
     }
@@ -627,20 +637,21 @@ void configure(int64_t first, int64_t second) {
   _tile_loadconfig(&c);
 }
 
-// sums += factor (128 h + l) for `count` vectors; h and l int32 [16][16].
-void add(const int32_t* high, const int32_t* low, int64_t count, const float* scale, int64_t stride, float (*sums)[kSide]) {
+// s.sums += scale (128 h + l) for `count` vectors from `from` on; h and l int32 [16][16].
+void add(const int32_t* high, const int32_t* low, int64_t count, const Strip& s, int64_t from) {
   for (int64_t t = 0; t < count; ++t) {
     const __m512 h = _mm512_cvtepi32_ps(_mm512_load_si512(high + t * kSide)), l = _mm512_cvtepi32_ps(_mm512_load_si512(low + t * kSide));
     const __m512 value = _mm512_fmadd_ps(h, _mm512_set1_ps(128.0f), l);
-    _mm512_storeu_ps(sums[t], _mm512_fmadd_ps(value, _mm512_set1_ps(scale[t * stride]), _mm512_loadu_ps(sums[t])));
+    const __m512 scale = _mm512_set1_ps(*vbmi::tail(*s.bank, s.prepared, from + t, s.together).scale);
+    _mm512_storeu_ps(s.sums[from + t], _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(s.sums[from + t])));
   }
 }
 
 // Up to 32 vectors from `from` on times `quads` operands B.
 void multiply_pair(const Strip& s, const uint8_t* codes, int64_t from, int64_t first, int64_t quads) {
   const int64_t left = s.together - from, one = std::min<int64_t>(left, 16), two = std::min<int64_t>(left - one, 16);
-  const auto* x = reinterpret_cast<const int8_t*>(s.prepared + from * s.stride) + vbmi::tile_at(first);
-  const int64_t stride = s.stride * 4;
+  const auto* x = reinterpret_cast<const int8_t*>(s.prepared) + from * 64 + vbmi::tile_at(first, s.together);
+  const int64_t to_low = 64 * s.together;
   alignas(64) int32_t sums[4][kTile];
   configure(one, two);
   _tile_zero(0);
@@ -649,15 +660,15 @@ void multiply_pair(const Strip& s, const uint8_t* codes, int64_t from, int64_t f
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t q = 0; q < quads; ++q) {
-      const int8_t* at = x + q * 128;
+      const int8_t* at = x + q * 2 * to_low;
       _tile_loadd(4, codes + q * 1024, 64);
-      _tile_loadd(5, at, stride);
+      _tile_loadd(5, at, 64);
       _tile_dpbssd(0, 5, 4);
-      _tile_loadd(6, at + 16 * stride, stride);
+      _tile_loadd(6, at + 1024, 64);
       _tile_dpbssd(2, 6, 4);
-      _tile_loadd(5, at + vbmi::kLow, stride);
+      _tile_loadd(5, at + to_low, 64);
       _tile_dpbssd(1, 5, 4);
-      _tile_loadd(6, at + vbmi::kLow + 16 * stride, stride);
+      _tile_loadd(6, at + to_low + 1024, 64);
       _tile_dpbssd(3, 6, 4);
     }
     _tile_stored(2, sums[2], 64);
@@ -665,17 +676,16 @@ void multiply_pair(const Strip& s, const uint8_t* codes, int64_t from, int64_t f
   } else {
     for (int64_t q = 0; q < quads; ++q) {
       _tile_loadd(4, codes + q * 1024, 64);
-      _tile_loadd(5, x + q * 128, stride);
+      _tile_loadd(5, x + q * 2 * to_low, 64);
       _tile_dpbssd(0, 5, 4);
-      _tile_loadd(5, x + q * 128 + vbmi::kLow, stride);
+      _tile_loadd(5, x + q * 2 * to_low + to_low, 64);
       _tile_dpbssd(1, 5, 4);
     }
   }
   _tile_stored(0, sums[0], 64);
   _tile_stored(1, sums[1], 64);
-  const float* scale = s.prepared + from * s.stride + vbmi::scale_at(*s.bank) / 4;
-  add(sums[0], sums[1], one, scale, s.stride, s.sums + from);
-  add(sums[2], sums[3], two, scale + 16 * s.stride, s.stride, s.sums + from + 16);
+  add(sums[0], sums[1], one, s, from);
+  add(sums[2], sums[3], two, s, from + 16);
 }
 
 template <int B, int V>
@@ -771,18 +781,23 @@ struct Item {  // strips first ... last - 1 of one matrix, times the vectors ord
   int64_t matrix, first, last, from, together;
 };
 
+struct Place {  // a row of x, and its place among those that are multiplied together
+  int64_t row, which, together;
+};
+
 struct Plan {
   const Multiply* job;
   const Kernels* kernels;
-  std::vector<int64_t> order;  // rows of x by matrix
+  std::vector<Place> order;  // rows of x by matrix
   std::vector<Item> items;
   float* prepared;             // in that order
-  int64_t stride;
+  int64_t each;                // floats of one
 };
 
 void prepare_one(const void* job, int64_t task, float*) {
   const Plan& p = *static_cast<const Plan*>(job);
-  p.kernels->prepare(p.job->bank, p.job->x + p.order[size_t(task)] * p.job->bank.cols, p.prepared + task * p.stride);
+  const Place& v = p.order[size_t(task)];
+  p.kernels->prepare(p.job->bank, p.job->x + v.row * p.job->bank.cols, v.which, v.together, p.prepared + (task - v.which) * p.each);
 }
 
 void multiply_item(const void* job, int64_t task, float* scratch) {
@@ -791,11 +806,11 @@ void multiply_item(const void* job, int64_t task, float* scratch) {
   const Item& item = p.items[size_t(task)];
   for (int64_t strip = item.first; strip < item.last; ++strip) {
     float sums[kMostTogether][kSide];
-    p.kernels->multiply({&b, strip_of(b, item.matrix, strip), p.prepared + item.from * p.stride, p.stride, item.together,
+    p.kernels->multiply({&b, strip_of(b, item.matrix, strip), p.prepared + item.from * p.each, item.together,
                          b.scales[item.matrix], sums, scratch});
     const int64_t rows = std::min<int64_t>(kSide, b.rows - strip * kSide);
     for (int64_t t = 0; t < item.together; ++t)
-      std::memcpy(p.job->y + p.order[size_t(item.from + t)] * b.rows + strip * kSide, sums[t], size_t(rows) * 4);
+      std::memcpy(p.job->y + p.order[size_t(item.from + t)].row * b.rows + strip * kSide, sums[t], size_t(rows) * 4);
   }
 }
 
@@ -815,7 +830,11 @@ void plan_work(Plan& p, int threads) {
   p.order.resize(size_t(end.back()));
   std::vector<int64_t> next(end.begin(), end.end() - 1);
   for (int64_t s = 0; s < m.batch; ++s)
-    if (m.slots[s] >= 0) p.order[size_t(next[size_t(m.slots[s])]++)] = s;
+    if (m.slots[s] >= 0) {
+      const auto matrix = size_t(m.slots[s]);
+      const int64_t at = next[matrix]++, before = (at - end[matrix]) / together * together;
+      p.order[size_t(at)] = {s, at - end[matrix] - before, std::min(together, end[matrix + 1] - end[matrix] - before)};
+    }
   const int64_t strips = down(b), step = std::max<int64_t>(1, passes * strips / (8 * threads));
   for (int64_t matrix = 0; matrix < b.count; ++matrix)
     for (int64_t from = end[size_t(matrix)]; from < end[size_t(matrix) + 1]; from += together)
@@ -982,7 +1001,7 @@ EXPORT int moec_trellis_multiply(const Multiply* job, Parallel parallel, int thr
   plan_work(p, std::max(threads, 1));
   if (p.items.empty()) return kGood;
   const int64_t vectors = int64_t(p.order.size());
-  std::vector<float> room(size_t(vectors * p.stride + kLane));
+  std::vector<float> room(size_t(vectors * p.each + kLane));
   p.prepared = room.data() + (kLane - reinterpret_cast<uintptr_t>(room.data()) / sizeof(float) % kLane) % kLane;
   int status = run_tasks(vectors, prepare_one, &p, 0, parallel, vectors * b.cols < kAlone ? 1 : threads);
   if (status != kGood) return status;
