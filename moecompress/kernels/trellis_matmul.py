@@ -19,8 +19,9 @@ from moecompress.pack.trellis import RATES, TrellisBank
 from moecompress.progress import notice
 
 INTERFACE = 1  # kInterface in trellis_matmul.cpp
-#: rows of x for one matrix from which unpacking it for one dense float32 product is faster
-CROWD = 256
+#: rows of x for one matrix from which unpacking it for one dense float32 product is faster, by `status`; the others are
+#: faster than that at any number; measured at 2 bits, 768 x 2048, on one thread
+CROWD = {"portable": 24}
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # Type in trellis_matmul.cpp
 _BAD_SLOT, _BAD_BANK = 4, 5
@@ -68,8 +69,9 @@ class _Rotate(ctypes.Structure):
 def matmul(x: Tensor, slots: Tensor, bank: TrellisBank) -> Tensor:
     """Row s of the result is T of matrix ``slots[s]`` times row s of ``x``, which is rotated already; zeros where ``slots[s]`` is -1.
 
-    x float32 (S, cols); slots int32 (S,). -> float32 (S, rows), whose rotation is not undone. On "avx512_vbmi" x is taken as
-    fixed-point numbers, 2^-15 of the largest in the row off at most; products and sums of those are exact until the end.
+    x float32 (S, cols); slots int32 (S,). -> float32 (S, rows), whose rotation is not undone. Except on "portable" x is
+    taken as fixed-point numbers, 1/32638 of the largest in the row off at most, and as zero where that is below 2^-100;
+    products and sums of those are exact until the end.
     Raises UserError if a tensor does not fit the format, or a slot is outside -1 ... n - 1.
     """
     return torch.ops.moecompress.trellis_matmul(x, slots, bank.stream, bank.scales, bank.rate, bank.rows)
@@ -96,13 +98,13 @@ def unrotate(x: Tensor, sign: Tensor) -> Tensor:
 
 
 def status() -> str:
-    """What runs on the CPU: "avx512_vbmi" or "portable"; or "reference" where the compiled library is missing."""
+    """What runs on the CPU: "amx", "avx512_vbmi" or "portable"; or "reference" where the compiled library is missing."""
     found = _load()
     return "reference" if found is None else found.moec_trellis_matmul_name().decode()
 
 
 def choose(name: str) -> bool:
-    """Use "avx512_vbmi" or "portable" from now on; False if the machine lacks it. For tests and benchmarks."""
+    """Use "amx", "avx512_vbmi" or "portable" from now on; False if the machine lacks it. For tests and benchmarks."""
     found = _load()
     return found is not None and found.moec_trellis_matmul_choose(name.encode()) == 0
 
@@ -132,7 +134,8 @@ def _on_cpu(x: Tensor, slots: Tensor, bank: TrellisBank) -> Tensor:
     def unpack(slot: int, first: int, last: int, out: Tensor) -> None:
         unpacked(bank, torch.tensor([slot]), first, last, out[None])
 
-    dense = crowd.crowded(slots, CROWD)
+    least = CROWD.get(status())
+    dense = [] if least is None else crowd.crowded(slots, least)
     if not dense:
         return few(x, slots)
     crowd.check_range("slots", slots, -1, len(bank.scales))
@@ -244,6 +247,7 @@ def _ready() -> bool:
     return False
 
 
+@cache
 def _load() -> ctypes.CDLL | None:
     found = library.load("trellis_matmul", INTERFACE)
     if found is not None:

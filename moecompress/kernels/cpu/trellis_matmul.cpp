@@ -166,24 +166,31 @@ void prepare(const Bank& b, const float* x, int64_t which, int64_t, float* prepa
   std::fill(std::copy(x, x + b.cols, prepared), prepared + prepared_floats(b), 0.0f);
 }
 
-typedef int8_t Bytes __attribute__((vector_size(16), aligned(1)));
-
-// total[r][t] += rows r of the weights times vectors t, over `tiles` tiles.
+// total[t][r] += R rows of weights times T vectors, over `count` columns.
 template <int R, int T>
-INLINE void dots(const float* weights, const float* x, int64_t stride, int64_t tiles, Vector (*total)[kSide]) {
+INLINE void dots(const float* weights, const float* x, int64_t stride, int64_t count, Vector (*total)[kSide]) {
   Vector sum[T][R];
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sum[t][r] = total[t][r];
-  for (int64_t at = 0; at < tiles * kSide; at += kSide) {
-    Vector w[R];
-    for (int r = 0; r < R; ++r) w[r] = load(weights + r * kFloats + at);
+  for (int64_t at = 0; at < count; at += kSide)
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       const Vector v = load(x + t * stride + at);
-      for (int r = 0; r < R; ++r) sum[t][r] += w[r] * v;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[t][r] += load(weights + r * kFloats + at) * v;
     }
-  }
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) total[t][r] = sum[t][r];
+}
+
+template <int R, int T>
+INLINE void all_rows(const float* weights, const float* x, int64_t stride, int64_t count, Vector (*total)[kSide]) {
+  for (int r = 0; r < kSide; r += R)
+    dots<R, T>(weights + r * kFloats, x, stride, count, reinterpret_cast<Vector(*)[kSide]>(&total[0][r]));
 }
 
 FAST void multiply(const Strip& s) {
@@ -194,39 +201,22 @@ FAST void multiply(const Strip& s) {
   for (int64_t t = 0; t < s.together; ++t)
     for (int r = 0; r < kSide; ++r) total[t][r] = Vector{};
   for (int64_t first = 0; first < tiles; first += kPart) {
-    const int64_t part = std::min(kPart, tiles - first);
+    const int64_t part = std::min(kPart, tiles - first), count = part * kSide;
     decode(*s.bank, s.stream + first * tile_bytes(*s.bank), part, bytes, kPart * kSide);
     for (int r = 0; r < kSide; ++r)
-      for (int64_t t = 0; t < part; ++t) {
-        Bytes levels;
-        std::memcpy(&levels, bytes + (r * kPart + t) * kSide, sizeof levels);
-        store(weights + r * kFloats + t * kSide, __builtin_convertvector(levels, Vector));
-      }
+      for (int64_t i = 0; i < count; ++i) weights[r * kFloats + i] = bytes[r * kPart * kSide + i];
     const float* x = s.prepared + first * kSide;
     int64_t t = 0;
-    for (; t + 4 <= s.together; t += 4)
-      for (int r = 0; r < kSide; ++r) {
-        Vector one[4][kSide];
-        for (int i = 0; i < 4; ++i) one[i][0] = total[t + i][r];
-        dots<1, 4>(weights + r * kFloats, x + t * stride, stride, part, one);
-        for (int i = 0; i < 4; ++i) total[t + i][r] = one[i][0];
-      }
-    for (; t < s.together; ++t)
-      for (int r = 0; r < kSide; r += 4) {
-        Vector four[1][kSide];
-        for (int i = 0; i < 4; ++i) four[0][i] = total[t][r + i];
-        dots<4, 1>(weights + r * kFloats, x + t * stride, stride, part, four);
-        for (int i = 0; i < 4; ++i) total[t][r + i] = four[0][i];
-      }
+    for (; t + 4 <= s.together; t += 4) all_rows<1, 4>(weights, x + t * stride, stride, count, total + t);
+    for (; t < s.together; ++t) all_rows<4, 1>(weights, x + t * stride, stride, count, total + t);
   }
   for (int64_t t = 0; t < s.together; ++t)
     for (int r = 0; r < kSide; ++r) {
-      float lane[kLane], sum = 0;
+      float lane[kLane];
       store(lane, total[t][r]);
       for (int width = kLane / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-      sum = lane[0];
-      s.sums[t][r] = sum * kStep * s.scale;
+      s.sums[t][r] = lane[0] * kStep * s.scale;
     }
 }
 
