@@ -26,11 +26,20 @@ def load(name: str, interface: int) -> ctypes.CDLL | None:
         return None
 
 
+def call(library: ctypes.CDLL, function: str, job: ctypes.Structure) -> int:
+    """The status of ``function`` (job, torch's threads, how many of them)."""
+    found = getattr(library, function)
+    found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    return found(ctypes.byref(job), torch_threads(), torch.get_num_threads())
+
+
 def run(library: ctypes.CDLL, function: str, job: ctypes.Structure) -> None:
-    """Call ``function`` (job, torch's threads, how many of them). MemoryError or ValueError by its status."""
-    call = getattr(library, function)
-    call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-    status = call(ctypes.byref(job), torch_threads(), torch.get_num_threads())
+    """`call`; MemoryError or ValueError by its status."""
+    demand(function, call(library, function, job))
+
+
+def demand(function: str, status: int) -> None:
+    """MemoryError or ValueError unless the status is good."""
     if status == 2:
         raise MemoryError(f"no memory for {function}")
     if status:

@@ -137,6 +137,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.moec_read.restype = ctypes.c_uint64
 
 
+@cache
 def torch_threads() -> int | None:
     """Address of GOMP_parallel in the OpenMP runtime that torch uses, or None (then one thread works)."""
     # torch loads its runtime into the global scope; whichever library answers here answers torch's own calls too.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
-from moecompress.kernels import native, reference
+from moecompress.kernels import crowd, native, reference
 from moecompress.pack import int_format
 from moecompress.pack.int_format import IntBank
 from moecompress.progress import notice
@@ -21,8 +21,6 @@ from moecompress.progress import notice
 #: rows of x for one matrix from which unpacking it for one dense product is faster, by the type of that product;
 #: measured at 4 bits, 768 x 2048 and 2048 x 768, on two threads with AVX-512 VNNI and AMX: bfloat16 32 to 45, float32 70
 CROWD = {torch.float32: 72, torch.bfloat16: 32}
-#: weights unpacked at a time for a dense product; a quarter of it took up to 1.8 times as long
-TILE_WEIGHTS = 1 << 22
 
 _library = torch.library.Library("moecompress", "FRAGMENT")
 _BANK = "Tensor codes, Tensor row_scales, Tensor? scales, Tensor? zeros, int bits, int group"
@@ -77,16 +75,6 @@ def _refused(name: str, expected: str, tensor: Tensor) -> UserError:
     return UserError(f"grouped_matmul cannot use {name}", expected=expected, got=got)
 
 
-def _check_range(name: str, values: Tensor, lowest: int, count: int) -> None:
-    """Raise UserError unless every value is in lowest ... count - 1."""
-    if values.numel() and (int(values.min()) < lowest or int(values.max()) >= count):
-        raise UserError(
-            f"{name} point outside the bank of {count} matrices",
-            expected=f"{lowest} ... {count - 1}",
-            got=f"{int(values.min())} ... {int(values.max())}",
-        )
-
-
 def _grouped_matmul(
     x: Tensor,
     slots: Tensor,
@@ -101,7 +89,7 @@ def _grouped_matmul(
     _operands(x, slots, bank)
     if codes.device.type == "cpu" and _native_ready():
         return _on_cpu(x, slots, bank)
-    _check_range("slots", slots, -1, bank.count)
+    crowd.check_range("slots", slots, -1, bank.count)
     return reference.grouped_matmul(x, slots, codes, row_scales, scales, zeros, bits, group)
 
 
@@ -110,45 +98,18 @@ def _on_cpu(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
         return _on_cpu(x.float(), slots, bank).to(torch.float16)
     x, bank = x.contiguous(), native.contiguous(bank)
     dense_type = torch.bfloat16 if x.dtype == torch.bfloat16 and native.multiplies_bfloat16() else torch.float32
-    crowded = _crowded(slots, CROWD[dense_type])
-    if not crowded:
+
+    def few(x: Tensor, slots: Tensor) -> Tensor:
         return native.grouped_matmul(x, slots.contiguous(), bank)
-    _check_range("slots", slots, -1, bank.count)
-    y = x.new_empty(x.shape[0], bank.rows)
-    few = slots.clone()
-    for slot in crowded:
-        at = torch.nonzero(slots == slot).squeeze(-1)
-        few[at] = -2
-        _multiply_dense(x, at, bank, slot, dense_type, y)
-    rest = torch.nonzero(few > -2).squeeze(-1)
-    if len(rest):
-        y[rest] = native.grouped_matmul(x[rest], few[rest], bank)
-    return y
 
+    def unpack(slot: int, first: int, last: int, out: Tensor) -> None:
+        native.dequantize(bank, torch.tensor([slot]), first, last, out[None])
 
-def _crowded(slots: Tensor, crowd: int) -> list[int]:
-    """The matrices that at least ``crowd`` rows of x want."""
-    if slots.shape[0] < crowd:
-        return []
-    chosen, rows = slots.unique(return_counts=True)
-    return [slot for slot in chosen[rows >= crowd].tolist() if slot >= 0]
-
-
-def _multiply_dense(x: Tensor, at: Tensor, bank: IntBank, slot: int, dtype: torch.dtype, y: Tensor) -> None:
-    """y[at] = x[at] times the matrix ``slot``, unpacked a tile of rows at a time into the same buffer."""
-    whole = len(at) == len(x)  # no row has another matrix: nothing to gather
-    inputs, index = (x if whole else x[at]).to(dtype), torch.tensor([slot])
-    step = min(bank.rows, max(1, TILE_WEIGHTS // bank.cols))
-    buffer = torch.empty(step * bank.cols, dtype=dtype)
-    for first in range(0, bank.rows, step):
-        last = min(first + step, bank.rows)
-        tile = buffer[: (last - first) * bank.cols].view(1, last - first, bank.cols)
-        native.dequantize(bank, index, first, last, tile)
-        part = (inputs @ tile[0].T).to(y.dtype)
-        if whole:
-            y[:, first:last] = part
-        else:
-            y[at, first:last] = part
+    dense = crowd.crowded(slots, CROWD[dense_type])
+    if not dense:
+        return few(x, slots)
+    crowd.check_range("slots", slots, -1, bank.count)
+    return crowd.multiply(x, slots, dense, bank.rows, dense_type, few, unpack)
 
 
 def _dequantize(
@@ -165,7 +126,7 @@ def _dequantize(
     bank = IntBank(codes, row_scales, scales, zeros, bits, group, cols)
     int_format.check(bank)
     if index is not None:
-        _check_range("index", index, 0, bank.count)
+        crowd.check_range("index", index, 0, bank.count)
     if codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _native_ready():
         chosen = torch.arange(bank.count) if index is None else index.long().contiguous()
         weights = torch.empty(chosen.shape[0], bank.rows, cols, dtype=dtype)

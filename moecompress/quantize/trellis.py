@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.kernels import trellis as search
-from moecompress.pack.rotation import rotate, signs
+from moecompress.kernels.trellis_matmul import rotate
+from moecompress.pack.rotation import signs
 from moecompress.pack.trellis import TILE, TrellisBank, from_tiles, tile_shape, to_tiles
 from moecompress.quantize.hessian import damped_cholesky, refuse
 

@@ -7,10 +7,11 @@ from functools import cache
 import torch
 from torch import nn
 
-from moecompress.kernels import grouped_matmul
+from moecompress.kernels import grouped_matmul, trellis_matmul
+from moecompress.kernels.trellis_matmul import rotate, unrotate
 from moecompress.pack import ternary, trellis
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
-from moecompress.pack.rotation import rotate, signs, unrotate
+from moecompress.pack.rotation import signs
 from moecompress.pack.scheme import SIGN, TERNARY, TRELLIS, Scheme
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -63,17 +64,12 @@ class TrellisBank(PackedBank):
         return trellis.TrellisBank(self.stream, self.scales, self.scheme.bits, self.rows, self.cols)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        turned = trellis.dequantize(self.bank())
+        turned = trellis_matmul.dequantized(self.bank())
         back = turn_back(turned.transpose(1, 2), self.seed).transpose(1, 2)
         return turn_back(back, self.seed).to(dtype)
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        y = x.new_zeros(len(x), self.rows)
-        for slot in slots.unique().tolist():
-            if slot >= 0:
-                bank = trellis.TrellisBank(self.stream[slot : slot + 1], self.scales[slot : slot + 1], self.scheme.bits, self.rows, self.cols)
-                y[slots == slot] = x[slots == slot] @ trellis.dequantize(bank)[0].T
-        return y
+        return trellis_matmul.matmul(x, slots, self.bank())
 
 
 class ThreeValued(PackedBank):
@@ -118,12 +114,12 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
 
 def turn(x: torch.Tensor, seed: int) -> torch.Tensor:
     """What banks that ``turn`` take: the last dimension of x rotated, float32."""
-    return rotate(x.float(), _signs(x.shape[-1], seed, x.device))
+    return rotate(x, _signs(x.shape[-1], seed, x.device))
 
 
 def turn_back(y: torch.Tensor, seed: int) -> torch.Tensor:
     """The inverse, for what they give."""
-    return unrotate(y.float(), _signs(y.shape[-1], seed, y.device))
+    return unrotate(y, _signs(y.shape[-1], seed, y.device))
 
 
 @cache
