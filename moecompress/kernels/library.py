@@ -27,11 +27,16 @@ def load(name: str, interface: int) -> ctypes.CDLL | None:
 
 
 def run(library: ctypes.CDLL, function: str, job: ctypes.Structure) -> None:
-    """Call ``function`` (job, torch's threads, how many of them). MemoryError or ValueError by its status."""
-    call = getattr(library, function)
-    call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-    status = call(ctypes.byref(job), torch_threads(), torch.get_num_threads())
+    """``call`` it; MemoryError or ValueError by its status."""
+    status = call(library, function, job)
     if status == 2:
         raise MemoryError(f"no memory for {function}")
     if status:
         raise ValueError(f"{function} refused its arguments (status {status})")
+
+
+def call(library: ctypes.CDLL, function: str, job: ctypes.Structure) -> int:
+    """The status of ``function`` (job, torch's threads, how many of them); 0 is good."""
+    entry = getattr(library, function)
+    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    return entry(ctypes.byref(job), torch_threads(), torch.get_num_threads())
