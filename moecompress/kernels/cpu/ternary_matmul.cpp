@@ -313,6 +313,8 @@ const Kernel portable = {"portable", portable_bytes, portable_prepare, portable_
 namespace {
 namespace vnni {
 
+#define UNROLL _Pragma("GCC unroll 8")  // or GCC keeps the sums in memory
+
 // A step is what one load of codes holds: D vectors of 64 columns. KINDS: x itself, and for ternary the differences.
 template <int F>
 constexpr int kD = F == kTernary ? 5 : F == kSign ? 1 : 2;
@@ -336,8 +338,12 @@ struct Prepared {
   static constexpr int64_t kStep = 64 * kD<F> * kKinds<F> * P;
   const uint8_t *data, *spans;
   INLINE void seek(const uint8_t* p, int64_t cols) { data = p, spans = p + steps_of<F>(cols) * kStep; }
-  INLINE __m512i plane(int64_t step, int vector, int kind, int p) const {
-    return _mm512_load_si512(data + step * kStep + 64 * ((vector * kKinds<F> + kind) * P + p));
+  // The planes of a step. With many of them, the compiler must not see that several rows read the same ones: it would
+  // keep them in registers, and the sums in memory.
+  INLINE const uint8_t* planes(int64_t step) const {
+    const uint8_t* here = data + step * kStep;
+    if (F == kTernary) asm("" : "+r"(here));
+    return here;
   }
   INLINE __m512 scale(int64_t span) const { return _mm512_load_ps(spans + 128 * span); }
   INLINE __m512i total(int64_t span) const { return _mm512_load_si512(spans + 128 * span + 64); }
@@ -431,43 +437,52 @@ INLINE __m512i load_bytes(const uint8_t* p, int64_t left) {  // up to 64, zeros 
 template <int F, int P>
 struct Sums {
   __m512i of[kSums<F>][P];
-  INLINE void add(int sum, __m512i u, const Prepared<F, P>& x, int64_t step, int vector, int kind) {
-    for (int p = 0; p < P; ++p) of[sum][p] = _mm512_dpbusd_epi32(of[sum][p], u, x.plane(step, vector, kind, p));
+  INLINE void add(int sum, __m512i u, const uint8_t* planes, int vector, int kind) {
+    UNROLL for (int p = 0; p < P; ++p)
+      of[sum][p] = _mm512_dpbusd_epi32(of[sum][p], u, _mm512_load_si512(planes + 64 * ((vector * kKinds<F> + kind) * P + p)));
   }
   INLINE __m512i joined(int sum) const {
     __m512i all = of[sum][0];
-    for (int p = 1; p < P; ++p) all = _mm512_add_epi32(_mm512_slli_epi32(all, 8), of[sum][p]);
+    UNROLL for (int p = 1; p < P; ++p) all = _mm512_add_epi32(_mm512_slli_epi32(all, 8), of[sum][p]);
     return all;
   }
 };
 
-// One step of one row into the sums of T vectors x. `most` gathers the largest ternary code.
-template <int F, int P, int T>
+// One step of one row into the sums of T vectors x; unless WHOLE, only `left` bytes of codes are there. `most` gathers the largest ternary code.
+template <int F, int P, int T, bool WHOLE>
 INLINE void one_step(const uint8_t* codes, int64_t left, int64_t step, const Prepared<F, P>* x, Sums<F, P>* sums, __m512i* most) {
+  const uint8_t* planes[T];
+  UNROLL for (int t = 0; t < T; ++t) planes[t] = x[t].planes(step);
   if constexpr (F == kTernary) {
-    const __m512i v = load_bytes(codes, left), upper = _mm512_set1_epi16(int16_t(0xff00)), one = _mm512_set1_epi8(1);
+    const __m512i v = load_bytes(codes, WHOLE ? 64 : left), upper = _mm512_set1_epi16(int16_t(0xff00)), one = _mm512_set1_epi8(1);
     *most = _mm512_max_epu8(*most, v);
     const __m512i even = _mm512_andnot_si512(upper, v), odd = _mm512_and_si512(upper, v);
-    constexpr int kInverse[4] = {21846, 7282, 2428, 810};  // 2^16 / 3^(k + 1), rounded up
+    const __m512i third = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5));
+    constexpr int kInverse[3] = {21846, 7282, 2428};  // 2^16 / 3^(k + 1), rounded up
     __m512i q = v;
-    for (int k = 0; k < 5; ++k) {
+    UNROLL for (int k = 0; k < 5; ++k) {
       __m512i next = _mm512_setzero_si512();
-      if (k < 4) {
-        const __m512i by = _mm512_set1_epi16(int16_t(kInverse[k]));
+      if (k < 3) {
+        const __m512i by = _mm512_set1_epi16(kInverse[k]);
         next = _mm512_ternarylogic_epi32(_mm512_mulhi_epu16(even, by), _mm512_mulhi_epu16(odd, by), upper, 0xf8);  // a | b & c
+      } else if (k == 3) {
+        next = _mm512_shuffle_epi8(third, q);
       }
-      const __m512i zero = _mm512_ternarylogic_epi32(q, next, one, 0x28);  // (a ^ b) & c
-      for (int t = 0; t < T; ++t) {
-        sums[t].add(0, q, x[t], step, k, 0);
-        sums[t].add(1, zero, x[t], step, k, 1);
+      const __m512i zero = k < 4 ? _mm512_ternarylogic_epi32(q, next, one, 0x28) : _mm512_and_si512(q, one);  // (a ^ b) & c
+      UNROLL for (int t = 0; t < T; ++t) {
+        sums[t].add(0, q, planes[t], k, 0);
+        sums[t].add(1, zero, planes[t], k, 1);
       }
       q = next;
     }
   } else if constexpr (F == kSign) {
     uint64_t bits = 0;
-    std::memcpy(&bits, codes, size_t(std::min<int64_t>(8, left)));
-    const __m512i u = _mm512_maskz_set1_epi8(bits, 1);
-    for (int t = 0; t < T; ++t) sums[t].add(0, u, x[t], step, 0, 0);
+    if (WHOLE)
+      std::memcpy(&bits, codes, 8);
+    else
+      for (int64_t i = 0; i < left; ++i) bits |= uint64_t{codes[i]} << (8 * i);
+    const __m512i u = _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(1));
+    UNROLL for (int t = 0; t < T; ++t) sums[t].add(0, u, planes[t], 0, 0);
   } else {
     // Pairs t0 + 4 t1 are 0 ... 10.
     const __m512i pairs = _mm512_load_si512(codes);
@@ -475,12 +490,12 @@ INLINE void one_step(const uint8_t* codes, int64_t left, int64_t step, const Pre
     const __m512i first_low = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0));
     const __m512i second_high = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0));
     const __m512i second_low = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
-    for (int v = 0; v < 2; ++v) {
+    UNROLL for (int v = 0; v < 2; ++v) {
       const __m512i high = _mm512_shuffle_epi8(v ? second_high : first_high, pairs);
       const __m512i low = _mm512_shuffle_epi8(v ? second_low : first_low, pairs);
-      for (int t = 0; t < T; ++t) {
-        sums[t].add(0, high, x[t], step, v, 0);
-        sums[t].add(1, low, x[t], step, v, 0);
+      UNROLL for (int t = 0; t < T; ++t) {
+        sums[t].add(0, high, planes[t], v, 0);
+        sums[t].add(1, low, planes[t], v, 0);
       }
     }
   }
@@ -490,20 +505,26 @@ INLINE void one_step(const uint8_t* codes, int64_t left, int64_t step, const Pre
 template <int F, int P, int R, int T>
 INLINE void tile(int64_t cols, const uint8_t* const* codes, int64_t bytes, int64_t ahead, const Prepared<F, P>* x,
                  const Pair* levels, float (*y)[T], __m512i* most) {
-  const int64_t steps = steps_of<F>(cols);
+  const int64_t steps = steps_of<F>(cols), whole = std::min(steps, bytes / kStepBytes<F>);
   __m512 high[R][T] = {}, low[R][T] = {};
+  __m512i largest = *most;
   for (int64_t from = 0, span = 0; from < steps; from += kSpan<F>, ++span) {
     Sums<F, P> sums[R][T] = {};
-    const int64_t to = std::min(from + kSpan<F>, steps);
+    if (F == kSign)
+      UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(codes[r] + from * kStepBytes<F> + ahead, 0, 2);
+    const int64_t to = std::min(from + kSpan<F>, whole);
     for (int64_t n = from; n < to; ++n)
-      for (int r = 0; r < R; ++r) {
-        if (F != kDictionary) __builtin_prefetch(codes[r] + n * kStepBytes<F> + ahead, 0, 2);
-        one_step<F, P, T>(codes[r] + n * kStepBytes<F>, bytes - n * kStepBytes<F>, n, x, sums[r], most);
+      UNROLL for (int r = 0; r < R; ++r) {
+        if (F == kTernary) __builtin_prefetch(codes[r] + n * kStepBytes<F> + ahead, 0, 2);
+        one_step<F, P, T, true>(codes[r] + n * kStepBytes<F>, 0, n, x, sums[r], &largest);
       }
-    for (int t = 0; t < T; ++t) {
+    if (whole < steps && whole < from + kSpan<F>)  // the last step
+      UNROLL for (int r = 0; r < R; ++r)
+        one_step<F, P, T, false>(codes[r] + whole * kStepBytes<F>, bytes - whole * kStepBytes<F>, whole, x, sums[r], &largest);
+    UNROLL for (int t = 0; t < T; ++t) {
       const __m512 scale = x[t].scale(span);
       const __m512i total = x[t].total(span);
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int r = 0; r < R; ++r) {
         __m512i a = sums[r][t].joined(0);
         if constexpr (F == kSign) {  // + less -
           a = _mm512_sub_epi32(_mm512_slli_epi32(a, 1), total);
@@ -519,8 +540,9 @@ INLINE void tile(int64_t cols, const uint8_t* const* codes, int64_t bytes, int64
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) {
+  *most = largest;
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int t = 0; t < T; ++t) {
       y[r][t] = from_bfloat16(levels[r].high) * _mm512_reduce_add_ps(high[r][t]);
       if (F != kSign) y[r][t] += from_bfloat16(levels[r].low) * _mm512_reduce_add_ps(low[r][t]);
     }
@@ -549,7 +571,7 @@ bool read_pairs(const Job& j, int64_t row, uint8_t* pairs) {
 template <int F, int P, int T>
 void columns(const Product& p, const Item& item, int64_t first, int64_t last, const uint8_t* codes, int64_t stride,
              int64_t token, __m512i* most) {
-  constexpr int R = std::max(1, (F == kSign ? 8 : 4) / T / (P == 3 ? 2 : 1));
+  constexpr int R = F == kSign ? (T == 4 ? 2 : 4) : (T == 4 ? 1 : 2);  // more rows at once, and GCC runs out of registers
   const Job& j = *p.job;
   const int64_t bytes = F == kDictionary ? stride : row_bytes(j);
   Prepared<F, P> x[T];
