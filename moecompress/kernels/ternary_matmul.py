@@ -17,7 +17,7 @@ from torch import Tensor
 from moecompress.errors import UserError
 from moecompress.kernels import library
 from moecompress.pack import dictionary, ternary
-from moecompress.pack.dictionary import LONGEST, SIZE, DictionaryBank
+from moecompress.pack.dictionary import LONGEST, DictionaryBank
 from moecompress.pack.fields import demand, wrong
 from moecompress.pack.ternary import SignBank, TernaryBank
 from moecompress.progress import notice
@@ -131,9 +131,8 @@ def _matmul(x: Tensor, slots: Tensor, codes: Tensor, levels: Tensor, ends: Tenso
     if codes.device.type != "cpu" or not _native_ready():
         _check_range("slots", slots, -1, count)
         return _by_matrix(x, slots, bank, torch.float32, slots.unique().tolist())
-    if x.dtype == torch.float16:
-        return _on_cpu(x.float(), slots, bank, count, rows).to(torch.float16)
-    return _on_cpu(x.contiguous(), slots.contiguous(), bank, count, rows)
+    x, slots, wanted = x.contiguous(), slots.contiguous(), x.dtype
+    return _on_cpu(x.float() if wanted == torch.float16 else x, slots, bank, count, rows).to(wanted)
 
 
 def _on_cpu(x: Tensor, slots: Tensor, bank: Bank, count: int, rows: int) -> Tensor:
@@ -204,7 +203,7 @@ def _multiply(x: Tensor, slots: Tensor, bank: Bank, count: int, rows: int) -> Te
 
 
 def _run(function: str, bank: Bank, count: int, rows: int, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    codes, levels, ends, _ = _parts(bank)
+    codes, levels, _, _ = _parts(bank)
     tensors = {**tensors, "codes": codes.contiguous(), "levels": levels.contiguous()}
     if isinstance(bank, DictionaryBank):
         tensors |= {"ends": bank.ends.contiguous(), "book": book(bank.prices)}
@@ -222,6 +221,7 @@ def _run(function: str, bank: Bank, count: int, rows: int, tensors: dict[str, Te
             raise wrong("words", f"rows of {-(-bank.cols // 2)} pairs, with ends that rise", "a row of another length")
         raise wrong("codes", f"bytes below {3**ternary.TRITS}, five trits each", "a larger byte")
     if outcome == _BAD_BANK:
+        _shape(bank)  # names the tensor
         raise wrong("ends", f"rising to the {codes.numel()} words there are", "another number")
     if outcome == _NO_MEMORY:
         raise MemoryError("no memory for the activations of a packed matrix product")

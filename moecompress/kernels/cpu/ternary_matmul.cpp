@@ -30,7 +30,7 @@ enum Type : int { kFloat32 = 0, kBfloat16 = 1 };
 
 constexpr int64_t kWords = 1 << 16;
 constexpr int64_t kPairs = 14;       // in a word, at most
-constexpr int64_t kRoom = 64;        // bytes that may be written behind a row of trits or pairs
+constexpr int64_t kRoom = 64;  // bytes that may be written behind a row of trits or pairs: four words and more
 constexpr int64_t kItemBytes = 1 << 14;  // of codes: the least that is worth another thread's attention
 
 struct Job {  // mirrored by ternary_matmul.py
@@ -548,23 +548,30 @@ INLINE void tile(int64_t cols, const uint8_t* const* codes, int64_t bytes, int64
     }
 }
 
+// One word's pairs to pairs + at; the place behind them.
+INLINE int64_t put_word(const Job& j, const uint8_t* word, uint8_t* pairs, int64_t at) {
+  uint16_t number;
+  std::memcpy(&number, word, 2);
+  const __m128i entry = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(j.book + number));
+  const __m128i both = _mm_unpacklo_epi8(entry, _mm_srli_epi16(entry, 4));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(pairs + at), _mm_and_si128(both, _mm_set1_epi8(15)));
+  return at + int64_t(j.book[number] >> 56 & 15);
+}
+
 // As pairs_of.
 bool read_pairs(const Job& j, int64_t row, uint8_t* pairs) {
   const int64_t length = (j.cols + 1) / 2;
   const Words words = words_of(j, row);
-  const uint8_t *word = words.first, *end = word + 2 * words.count;
-  if (words.count < 0) return false;
-  int64_t at = 0;
-  for (; word != end; word += 2) {
+  int64_t at = 0, w = 0;
+  for (; w + 4 <= words.count; w += 4) {  // four words end less than kRoom behind the row
     if (at >= length) return false;
-    uint16_t number;
-    std::memcpy(&number, word, 2);
-    const __m128i entry = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(j.book + number));
-    const __m128i both = _mm_unpacklo_epi8(entry, _mm_srli_epi16(entry, 4));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(pairs + at), _mm_and_si128(both, _mm_set1_epi8(15)));
-    at += int64_t(j.book[number] >> 56 & 15);
+    for (int i = 0; i < 4; ++i) at = put_word(j, words.first + 2 * (w + i), pairs, at);
   }
-  return at == length;
+  for (; w < words.count; ++w) {
+    if (at >= length) return false;
+    at = put_word(j, words.first + 2 * w, pairs, at);
+  }
+  return words.count >= 0 && at == length;
 }
 
 // Rows first ... last - 1 of the item times up to T of its vectors x, from `token` on; missing ones repeat the last.
