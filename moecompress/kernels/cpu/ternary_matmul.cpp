@@ -115,18 +115,46 @@ INLINE Words words_of(const Job& j, int64_t row) {
   return {j.codes + 2 * from, to - from};
 }
 
+struct Item {  // a range of rows of one matrix, times `tokens` vectors x
+  int64_t matrix, first, last;
+  const int32_t* tokens;  // row numbers in x and out
+  int64_t count;
+};
+
+struct Product {
+  const Job* job;
+  const Item* items;
+  uint8_t* prepared;  // x as the kernel wants it
+  int64_t stride;     // bytes of one of them, a multiple of 64
+  std::atomic<int>* status;
+};
+
+struct Kernel {
+  const char* name;
+  bool (*pairs_of)(const Job&, int64_t row, uint8_t* pairs);
+  int64_t (*prepared_bytes)(const Job&);
+  void (*prepare)(const Job&, int64_t token, uint8_t* out, float* scratch);
+  void (*multiply)(const Product&, const Item&, float* scratch);
+  int64_t (*scratch_floats)(const Job&);
+};
+
+const Kernel& kernel();  // the one in use
+
 // ---- part 1: everywhere ------------------------------------------------------------------------------------------
 
+// Trits of a byte, one in each byte of a word, the first lowest: its digits, or twice its bits.
+template <int BASE, int DIGITS, int TIMES>
 struct Digits {
-  uint64_t of[256];  // five trits, one in each byte, the first lowest
+  uint64_t of[256];
   constexpr Digits() : of() {
     for (int v = 0; v < 256; ++v) {
       int left = v;
-      for (int k = 0; k < 5; ++k, left /= 3) of[v] |= uint64_t(left % 3) << (8 * k);
+      for (int k = 0; k < DIGITS; ++k, left /= BASE) of[v] |= uint64_t(left % BASE * TIMES) << (8 * k);
     }
   }
 };
-constexpr Digits kDigits;
+constexpr Digits<3, 5, 1> kTrits;
+constexpr Digits<2, 8, 2> kSigns;
 
 INLINE uint64_t spread_half_bytes(uint32_t eight) {  // to bytes
   uint64_t v = eight;
@@ -153,6 +181,12 @@ bool pairs_of(const Job& j, int64_t row, uint8_t* pairs) {
   return words.count >= 0 && at == length;
 }
 
+FAST uint8_t largest_of(const uint8_t* codes, int64_t bytes) {
+  uint8_t most = 0;
+  for (int64_t i = 0; i < bytes; ++i) most = std::max(most, codes[i]);
+  return most;
+}
+
 FAST void trits_of_pairs(const uint8_t* __restrict pairs, int64_t count, uint8_t* __restrict trits) {
   for (int64_t i = 0; i < count; ++i) {
     trits[2 * i] = pairs[i] & 3;
@@ -161,25 +195,20 @@ FAST void trits_of_pairs(const uint8_t* __restrict pairs, int64_t count, uint8_t
 }
 
 // Trits of one row, a byte each; `trits` and `pairs` have kRoom more than the row needs. False if it is damaged.
-bool trits_of(const Job& j, int64_t row, uint8_t* trits, uint8_t* pairs) {
+bool trits_of(const Job& j, int64_t row, uint8_t* __restrict trits, uint8_t* pairs) {
   if (j.format == kDictionary) {
-    if (!pairs_of(j, row, pairs)) return false;
+    if (!kernel().pairs_of(j, row, pairs)) return false;
     trits_of_pairs(pairs, (j.cols + 1) / 2, trits);
     return true;
   }
   const int64_t bytes = row_bytes(j);
-  const uint8_t* codes = j.codes + row * bytes;
+  const uint8_t* __restrict codes = j.codes + row * bytes;
   if (j.format == kSign) {
-    for (int64_t i = 0; i < bytes; ++i)
-      for (int k = 0; k < 8; ++k) trits[8 * i + k] = uint8_t((codes[i] >> k & 1) * 2);
+    for (int64_t i = 0; i < bytes; ++i) std::memcpy(trits + 8 * i, &kSigns.of[codes[i]], 8);
     return true;
   }
-  uint8_t most = 0;
-  for (int64_t i = 0; i < bytes; ++i) {
-    std::memcpy(trits + 5 * i, &kDigits.of[codes[i]], 8);
-    most = std::max(most, codes[i]);
-  }
-  return most < 243;
+  for (int64_t i = 0; i < bytes; ++i) std::memcpy(trits + 5 * i, &kTrits.of[codes[i]], 8);
+  return largest_of(codes, bytes) < 243;
 }
 
 FAST void floats_of(const uint8_t* __restrict trits, int64_t cols, Pair levels, float* __restrict out) {
@@ -214,30 +243,6 @@ FAST void dot(const float* w, const float* const* x, int count, int64_t floats, 
   for (int t = 0; t < count; ++t)
     for (int64_t lane = 0; lane < kLane; ++lane) y[t] += total[t][lane];
 }
-
-// ---- the work ----------------------------------------------------------------------------------------------------
-
-struct Item {  // a range of rows of one matrix, times `tokens` vectors x
-  int64_t matrix, first, last;
-  const int32_t* tokens;  // row numbers in x and out
-  int64_t count;
-};
-
-struct Product {
-  const Job* job;
-  const Item* items;
-  uint8_t* prepared;  // x as the kernel wants it
-  int64_t stride;     // bytes of one of them, a multiple of 64
-  std::atomic<int>* status;
-};
-
-struct Kernel {
-  const char* name;
-  int64_t (*prepared_bytes)(const Job&);
-  void (*prepare)(const Job&, int64_t token, uint8_t* out, float* scratch);
-  void (*multiply)(const Product&, const Item&, float* scratch);
-  int64_t (*scratch_floats)(const Job&);
-};
 
 constexpr int64_t kStrip = 8;  // rows of pairs that are decoded together
 
@@ -288,7 +293,7 @@ void portable_multiply(const Product& p, const Item& item, float* scratch) {
   }
 }
 
-const Kernel portable = {"portable", portable_bytes, portable_prepare, portable_multiply, row_floats};
+const Kernel portable = {"portable", pairs_of, portable_bytes, portable_prepare, portable_multiply, row_floats};
 
 }  // namespace
 
@@ -664,7 +669,7 @@ int64_t scratch_any(const Job& j) {  // a row of x, padded to whole steps; or a 
   return std::max(steps_of<kTernary>(j.cols) * 320 + 320, kStrip * pair_stride(j) / 4);
 }
 
-const Kernel kernel = {"avx512_vnni", bytes_any, prepare_any, multiply_any, scratch_any};
+const Kernel kernel = {"avx512_vnni", read_pairs, bytes_any, prepare_any, multiply_any, scratch_any};
 
 }  // namespace vnni
 }  // namespace
