@@ -29,7 +29,6 @@ enum Format : int { kTernary = 0, kSign = 1, kDictionary = 2 };
 enum Type : int { kFloat32 = 0, kBfloat16 = 1 };
 
 constexpr int64_t kWords = 1 << 16;
-constexpr int64_t kPairs = 14;       // in a word, at most
 constexpr int64_t kRoom = 64;  // bytes that may be written behind a row of trits or pairs: four words and more
 constexpr int64_t kItemBytes = 1 << 14;  // of codes: the least that is worth another thread's attention
 
