@@ -54,8 +54,8 @@ def matmul(x: Tensor, slots: Tensor, bank: Bank) -> Tensor:
     """Row s of the result is matrix ``slots[s]`` of the bank times row s of ``x``; zeros where ``slots[s]`` is -1.
 
     x (S, cols) float32, bfloat16 or float16; slots int32 (S,). -> (S, rows), x.dtype; sums in float32.
-    On "avx512_vnni" x is taken as integers times a scale for each 32 to 80 columns: 2^-14 (bfloat16) or 2^-21
-    (float32) of the largest among them off at most. Raises UserError if a tensor does not fit the format, a slot is
+    On "avx512_vnni" x is taken as integers times a scale for each 32 to 80 columns: at most 2^-13 (bfloat16; exact above
+    1/32) or 2^-21 (float32) of the largest among them off. Raises UserError if a tensor does not fit the format, a slot is
     outside -1 ... n - 1, or the rows that are read are damaged.
     """
     return torch.ops.moecompress.ternary_matmul(x, slots, *_parts(bank))

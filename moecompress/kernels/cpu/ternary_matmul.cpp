@@ -68,8 +68,8 @@ bool is_valid(const Job& j) {
          words == (all ? j.ends[all - 1] : 0);
 }
 
-int64_t row_bytes(const Job& j) {  // of the dictionary, at this moment: about
-  return j.format == kTernary ? (j.cols + 4) / 5 : j.format == kSign ? (j.cols + 7) / 8 : (j.cols + 7) / 8;
+int64_t row_bytes(const Job& j) {  // of codes; the dictionary's rows have about as many
+  return j.format == kTernary ? (j.cols + 4) / 5 : (j.cols + 7) / 8;
 }
 
 INLINE float from_bfloat16(uint16_t h) {
@@ -300,7 +300,7 @@ const Kernel portable = {"portable", pairs_of, portable_bytes, portable_prepare,
 //
 // 64 trits of a row are a vector u of bytes, and x in fixed point is P vectors of signed bytes: 2 for bfloat16, 3 for
 // float32, with one power of two as scale for each lane of 32 bits over a span of a few steps (32 to 80 columns).
-// Numbers of x are rounded to 2^-14 (bfloat16) or 2^-21 (float32) of the largest |x| of their lane, or better.
+// Numbers of x are off by at most 2^-13 (bfloat16; exact above 1/32) or 2^-21 (float32) of the largest of their lane.
 //
 // Ternary: trits are the digits of v, t[k] = q[k] - 3 q[k + 1] with q[k] = floor(v / 3^k). They are never separated:
 // the sum of t[k] x[k] is that of q[k] (x[k] - 3 x[k - 1]), all in integers; and t[k] is 1 where q[k] + q[k + 1] is odd.
