@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from moecompress.kernels import grouped_matmul, trellis_matmul
+from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
 from moecompress.kernels.trellis_matmul import rotate, unrotate
 from moecompress.pack import ternary, trellis
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
@@ -72,19 +72,24 @@ class TrellisBank(PackedBank):
         return trellis_matmul.matmul(x, slots, self.bank())
 
 
-class ThreeValued(PackedBank):
-    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+class FewValues(PackedBank):
+    """Rows of three values or two."""
+
+    def bank(self) -> ternary.TernaryBank | ternary.SignBank:
         if self.scheme.code == SIGN:
-            return ternary.dequantize(ternary.SignBank(self.codes, self.scales, self.cols), dtype)
-        return ternary.dequantize(ternary.TernaryBank(self.codes, self.levels, self.cols), dtype)
+            return ternary.SignBank(self.codes, self.scales, self.cols)
+        return ternary.TernaryBank(self.codes, self.levels, self.cols)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return ternary_matmul.dequantize(self.bank(), dtype)
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return grouped_dense(x, slots, self.dequantized(x.dtype))
+        return ternary_matmul.matmul(x, slots, self.bank())
 
 
 def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> PackedBank:
     """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation."""
-    kinds = {TRELLIS: TrellisBank, TERNARY: ThreeValued, SIGN: ThreeValued}
+    kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
