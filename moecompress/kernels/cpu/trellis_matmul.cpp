@@ -863,20 +863,33 @@ typedef float Four __attribute__((vector_size(16), aligned(4)));
 typedef int32_t Integers4 __attribute__((vector_size(16)));
 #endif
 
+// Sums and differences of numbers `HALF` apart, several of them (a T) at a time.
+template <class T, int N, int HALF>
+INLINE void butterflies(float* x) {
+  constexpr int lanes = int(sizeof(T) / sizeof(float));
+#pragma GCC unroll 32
+  for (int i = 0; i < N / 2 / lanes; ++i) {
+    float* at = x + i * lanes / HALF * (2 * HALF) + i * lanes % HALF;
+    T a, b;
+    std::memcpy(&a, at, sizeof a);
+    std::memcpy(&b, at + HALF, sizeof b);
+    const T sum = a + b, difference = a - b;
+    std::memcpy(at, &sum, sizeof sum);
+    std::memcpy(at + HALF, &difference, sizeof difference);
+  }
+}
+
 // In place, without the factor 1 / sqrt(N).
 template <int N>
 INLINE void hadamard(float* x) {
-  if constexpr (N == 2) {
-    const float a = x[0], b = x[1];
-    x[0] = a + b, x[1] = a - b;
-  }
-  for (int half = N / 2; half >= 4; half /= 2)
-    for (int first = 0; first < N; first += 2 * half)
-      for (int i = first; i < first + half; ++i) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a + b, x[i + half] = a - b;
-      }
-  if constexpr (N >= 4) {
+  if constexpr (N >= 128) butterflies<Vector, N, 64>(x);
+  if constexpr (N >= 64) butterflies<Vector, N, 32>(x);
+  if constexpr (N >= 32) butterflies<Vector, N, 16>(x);
+  if constexpr (N >= 16) butterflies<Four, N, 8>(x);
+  if constexpr (N >= 8) butterflies<Four, N, 4>(x);
+  if constexpr (N == 2) butterflies<float, N, 1>(x);
+  if constexpr (N >= 4)
+#pragma GCC unroll 32
     for (int i = 0; i < N; i += 4) {
       Four v;
       std::memcpy(&v, x + i, sizeof v);
@@ -884,7 +897,6 @@ INLINE void hadamard(float* x) {
       v = SHUFFLE(v, 1, 0, 3, 2) + v * Four{1, -1, 1, -1};
       std::memcpy(x + i, &v, sizeof v);
     }
-  }
 }
 
 template <int N>
