@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_heldout, print_json, size_text
+from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_cost, print_json
 from moecompress.errors import UserError
 
 
@@ -84,5 +84,4 @@ def _print(record: dict) -> None:
         merged = "; ".join(f"{' '.join(members)} → {k}" for k, members in groups.items() if members)
         table.add_row(layer, " ".join(dropped) or "–", merged or "–")
     console.print(table)
-    print_heldout(console, record)
-    console.print(f"{record['output']}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}")
+    print_cost(record)

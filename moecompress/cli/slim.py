@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_heldout, print_json, size_text
+from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_cost, print_json
 
 
 def command(
@@ -74,5 +74,4 @@ def _print(record: dict) -> None:
         table.add_row(layer, f"{sum(error) / len(error):.3f}", f"{error[worst]:.3f} (expert {worst})", str(made["tokens"].count(0)))
     console.print(table)
     console.print("error: of the experts' outputs on calibration tokens, squared, relative to their squared size")
-    print_heldout(console, record)
-    console.print(f"{record['output']}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}")
+    print_cost(record)

@@ -23,7 +23,6 @@ from moecompress.model.skeleton import build_skeleton, load_config
 from moecompress.model.walk import OpenModel
 from moecompress.runtime import seam
 
-
 #: What may become smaller: a field of ExpertsLayout -> its name in messages.
 EXPERTS, WIDTH = "experts", "width"
 NAMES = {EXPERTS: "the number of experts", WIDTH: "the width of the experts"}
@@ -162,7 +161,8 @@ def _with(config: dict[str, Any], key: str, count: int) -> dict[str, Any]:
 
 def _decides(opened: OpenModel, field: str, count: int, build: Callable[[], PreTrainedModel]) -> bool:
     """Does a change of the config change ``field`` of the experts of every layer, and nothing else about them?"""
-    wanted = {m.module: replace(m.layout, **{field: count}) for m in opened.anatomy.moe.values()}
+    change: dict[str, Any] = {field: count}
+    wanted = {m.module: replace(m.layout, **change) for m in opened.anatomy.moe.values()}
     try:
         model = build()
     except UserError:  # a number of something else, that happens to be equal: heads, layers, a token
