@@ -17,7 +17,7 @@ def command(
         float, typer.Option("--width", min=0, help="Neurons that every expert keeps: a share below 1, or a number.")
     ] = 0.75,
     score: Annotated[
-        str, typer.Option("--score", help="What neurons are kept by: activation, slimmoe (gradients) or random.")
+        str, typer.Option("--score", help="What neurons are kept by: activation, greedy, slimmoe (gradients) or random.")
     ] = "activation",
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Refit each down matrix on its calibration activations.")
@@ -34,8 +34,9 @@ def command(
     Each expert keeps its best neurons, as many as every other, and its down matrix is refitted by least squares to make up
     for the others. Each layer is decided on what the changed layers before it deliver, then the whole is loaded again and
     compared with the original on held-out text. Shared experts and dense layers stay. The score activation is the energy
-    that a neuron adds to the output; slimmoe is |weight · gradient|, and needs the whole model and the gradients of its
-    experts in memory. The result can be quantized or pruned like any model.
+    that a neuron adds to the output; greedy leaves out one neuron after the other that the rest replaces best, in time with
+    the cube of the width; slimmoe is |weight · gradient|, and needs the whole model and the gradients of its experts in
+    memory. The result can be quantized or pruned like any model.
 
     Examples:
 

@@ -128,6 +128,38 @@ def test_repair_is_least_squares(family: str, hessian: str) -> None:
         assert record["error"][e] == pytest.approx(float(lost), rel=1e-3)
 
 
+@pytest.mark.parametrize("steps", [99, 3])
+def test_greedy_leaves_out_what_the_others_replace_best(steps: int) -> None:
+    """Every candidate refitted by float64 least squares, neuron after neuron (or the cheapest two at a time)."""
+    g = torch.Generator().manual_seed(0)
+    m, count, damping = 9, 3, 0.05
+    a = torch.randn(2, 40, m, generator=g) @ torch.randn(2, m, m, generator=g)
+    down, inner = torch.randn(2, 5, m, generator=g), a.transpose(1, 2) @ a / 40
+    kept = slim.greedy(down, inner, count, damping, ["a", "b"], steps)
+    for e in range(2):
+        h = inner[e].double()
+        lower = torch.linalg.cholesky(h + damping * h.diagonal().mean() * torch.eye(m, dtype=torch.float64)).T
+
+        def loss(keep: list[int], lower=lower, target=down[e].double()) -> float:
+            solved = torch.linalg.lstsq(lower[:, keep], lower @ target.T).solution
+            return float((lower @ target.T - lower[:, keep] @ solved).square().sum())
+
+        alive = list(range(m))
+        while len(alive) > count:
+            cheap = sorted(alive, key=lambda c: loss([x for x in alive if x != c]))  # noqa: B023
+            gone = cheap[: 1 if steps == 99 else 2]
+            alive = [x for x in alive if x not in gone]
+        assert kept[e].tolist() == alive
+
+
+def test_greedy_loses_less_than_the_energies_of_single_neurons() -> None:
+    module, layout = experts_of("mixtral")
+    site = site_of(module, layout)
+    request = [Slimming(score, layout.width // 2) for score in ("greedy", "activation")]
+    errors = [slim.thinned(site, one, None)[1]["error"] for one in request]
+    assert all(good < bad for good, bad in zip(*errors, strict=True))
+
+
 def test_keeping_all_neurons_changes_nothing() -> None:
     module, layout = experts_of("mixtral")
     new, record = thin(site_of(module, layout), layout.width, repair=True)
