@@ -17,8 +17,8 @@ def command(
         float, typer.Option("--width", min=0, help="Neurons that every expert keeps: a share below 1, or a number.")
     ] = 0.75,
     score: Annotated[
-        str, typer.Option("--score", help="What neurons are kept by: activation, greedy, slimmoe (gradients) or random.")
-    ] = "activation",
+        str, typer.Option("--score", help="What neurons are kept by: greedy, activation, slimmoe (gradients) or random.")
+    ] = "greedy",
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Refit each down matrix on its calibration activations.")
     ] = True,
@@ -33,9 +33,9 @@ def command(
 
     Each expert keeps its best neurons, as many as every other, and its down matrix is refitted by least squares to make up
     for the others. Each layer is decided on what the changed layers before it deliver, then the whole is loaded again and
-    compared with the original on held-out text. Shared experts and dense layers stay. The score activation is the energy
-    that a neuron adds to the output; greedy leaves out one neuron after the other that the rest replaces best, in time with
-    the cube of the width; slimmoe is |weight · gradient|, and needs the whole model and the gradients of its experts in
+    compared with the original on held-out text. Shared experts and dense layers stay. greedy leaves out, again and again, the
+    neurons that the others replace best; activation keeps those that add most energy to the output, for use without repair;
+    slimmoe keeps those with the largest |weight · gradient|, and needs the whole model and the gradients of its experts in
     memory. The result can be quantized or pruned like any model.
 
     Examples:
@@ -44,7 +44,7 @@ def command(
 
         moecompress slim ./model -o thin --width 512 --score slimmoe
 
-        moecompress slim ./model -o thin --width 0.5 --no-repair --json
+        moecompress slim ./model -o thin --width 0.5 --score activation --no-repair --json
     """
     from moecompress import pipeline
     from moecompress.cli.common import recipe_of

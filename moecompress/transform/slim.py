@@ -28,9 +28,10 @@ from moecompress.transform.regroup import NEURON_AXIS
 from moecompress.transform.rewrite import Site, rewrite
 from moecompress.transform.shrink import WIDTH, size_of
 
-SCORES = ("activation", "greedy", "slimmoe", "random")
-#: At most so often does `greedy` look for the next neurons to leave out.
-STEPS = 512
+SCORES = ("greedy", "activation", "slimmoe", "random")
+#: At most so often does `greedy` look for the next neurons to leave out. With 64 looks its error is within 1 % of one look a
+#: neuron, and the time for wide experts is that of a few products of their Hessians.
+STEPS = 64
 
 
 @dataclass(frozen=True)

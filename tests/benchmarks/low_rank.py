@@ -2,10 +2,11 @@
 
     python tests/benchmarks/low_rank.py MODEL --text corpus.txt -o low_rank.json --plot low_rank.png
 
-Every layer's experts are merged as `moecompress prune --method m-smoe` would, on calibration text. For the experts as they
-were, for the members of groups alone and their most used ones (which a merge weighted by use mostly is), for the merged ones with and without their neurons lined up, and for Gaussian noise:
-the relative squared error of every rank, of the entries and (gate and up) of the output on the layer's inputs; the rank that
-leaves 10 %; and the stable rank, which is what the paper looks at.
+Every layer's experts are merged as `moecompress prune --method m-smoe` would, on calibration text. Compared are the experts
+as they were, the members of groups alone, their heads alone (the most used ones, which a merge weighted by use mostly is), the
+merged ones with and without their neurons lined up, and Gaussian noise: by the relative squared error of every rank, of the
+entries and (gate and up) of the output on the layer's inputs; by the rank that leaves 10 %; and by the stable rank, which is
+what the paper looks at.
 """
 
 from __future__ import annotations
