@@ -12,7 +12,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ from moecompress.recipe import Recipe
 from moecompress.runtime.bank import bank_tensors
 from moecompress.runtime.loading import prepare, verify_files
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
+from moecompress.transform.shrink import WIDTH, size_of
+from moecompress.transform.slim import Slimming
+from moecompress.transform.slim import slim as thin
 from moecompress.transform.stage import Request, transform
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
@@ -231,26 +235,45 @@ def prune(job: Job, request: Request, out: Path, *, fresh: bool = False) -> dict
 
     Returns its manifest. Of the recipe, calibration and compute count.
     """
+    manifest = {
+        "method": request.method,
+        "keep": request.count,
+        "seed": request.seed,
+        "protected": [f"L{layer:02d}.E{expert:03d}" for layer, expert in request.protected],
+    }
+    made = partial(transform, job.open(), job.calibration, request)
+    # Experts have new numbers: which ones a token chose cannot be compared.
+    return _rewritten(job, made, request, manifest, out, fresh, without="router_agreement")
+
+
+def slim(job: Job, request: Slimming, out: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Make all experts of ``job``'s model thinner; otherwise as `prune`. Of the recipe, Hessians count, too."""
+    whole = size_of(job.opened, WIDTH)
+    manifest = {"method": "slim", **asdict(request), "width": whole}
+    return _rewritten(job, partial(thin, job.open(), job.calibration, request), request, manifest, out, fresh)
+
+
+def _rewritten(job: Job, make: Callable[..., dict[str, Any]], request: object, about: dict[str, Any], out: Path, fresh: bool,
+               without: str | None = None) -> dict[str, Any]:  # fmt: skip
+    """Let ``make`` (work, trust_remote_code) write an ordinary checkpoint; load it, compare it, and give it its name.
+
+    about: what the manifest says of the request. without: beginning of names of measures that make no sense.
+    """
     refuse_target(out)
     work = work_folder(out)
     open_work(work, hashlib.sha256(f"{job.fingerprint()} {request}".encode()).hexdigest(), fresh)
     reference = trace(job.open(), job.heldout, "original on held-out text")
     ready = work / "out"
-    done = transform(job.open(), job.calibration, request, Work(ready, work / "state"), job.trust_remote_code)
+    done = make(Work(ready, work / "state"), job.trust_remote_code)
     smaller = OpenModel(ready, job.opened.dtype, job.trust_remote_code)
-    measured = compare(smaller, job.heldout, reference, "pruned on held-out text").summary()
-    for key in [key for key in measured if key.startswith("router_agreement")]:
-        del measured[key]  # experts have new numbers
+    measured = compare(smaller, job.heldout, reference, "result on held-out text").summary()
     (ready / FOLDER).mkdir(exist_ok=True)
     manifest = {
         **_identity(job),
         "input_bytes": job.opened.checkpoint.nbytes,
         "total_bytes": sum(shard.stat().st_size for shard in ready.glob("*.safetensors")),
-        "method": request.method,
-        "keep": request.count,
-        "seed": request.seed,
-        "protected": [f"L{layer:02d}.E{expert:03d}" for layer, expert in request.protected],
-        "heldout": measured,
+        **about,
+        "heldout": {key: value for key, value in measured.items() if without is None or not key.startswith(without)},
         **done,
     }
     finish(ready, manifest, out)

@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "quantize": "quantize",
     "route": "route",
     "prune": "prune",
+    "slim": "slim",
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",

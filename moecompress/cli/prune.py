@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_json, size_text
+from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_cost, print_json
 from moecompress.errors import UserError
 
 
@@ -84,8 +84,4 @@ def _print(record: dict) -> None:
         merged = "; ".join(f"{' '.join(members)} → {k}" for k, members in groups.items() if members)
         table.add_row(layer, " ".join(dropped) or "–", merged or "–")
     console.print(table)
-    row = record["heldout"]
-    low, high = row["kl_interval_95"]
-    console.print(f"on held-out text: KL {row['kl_mean']:.5f} nats (95 %: {low:.5f} … {high:.5f}), top-1 agreement "
-                  f"{row['top1_agreement']:.2%}, perplexity {row['perplexity']:.3f} (original {row['reference_perplexity']:.3f})")  # fmt: skip
-    console.print(f"{record['output']}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}")
+    print_cost(record)

@@ -1,1 +1,1 @@
-"""Which experts exist: dropping and merging them before anything is quantized."""
+"""Which experts exist, and how wide they are: dropping, merging and thinning them before anything is quantized."""

@@ -1,4 +1,4 @@
-"""The same model with fewer experts: which number in its config says so, and which tensors follow it.
+"""The same model with fewer or narrower experts: which number in its config says so, and which tensors follow it.
 
 Both are found by trying on the meta device, so no family needs a table of ours.
 """
@@ -6,7 +6,8 @@ Both are found by trying on the meta device, so no family needs a table of ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -22,12 +23,16 @@ from moecompress.model.skeleton import build_skeleton, load_config
 from moecompress.model.walk import OpenModel
 from moecompress.runtime import seam
 
+#: What may become smaller: a field of ExpertsLayout -> its name in messages.
+EXPERTS, WIDTH = "experts", "width"
+NAMES = {EXPERTS: "the number of experts", WIDTH: "the width of the experts"}
+
 
 @dataclass(frozen=True)
 class Smaller:
     """model: the skeleton, without weights. keys: what was changed in the config.
 
-    axes: parameter or buffer -> the axis on which it has one slice an expert.
+    axes: parameter or buffer -> the axis on which it became smaller (that of the experts, or that of their neurons).
     """
 
     model: PreTrainedModel
@@ -35,13 +40,17 @@ class Smaller:
     axes: dict[str, int]
 
 
-def experts_of(opened: OpenModel) -> int:
-    """The number of experts, the same in every layer."""
-    counts = {moe.layout.experts for moe in opened.anatomy.moe.values()}
-    if len(counts) > 1:
-        raise UserError("The layers have different numbers of experts", expected="one number", got=sorted(counts),
+def size_of(opened: OpenModel, field: str) -> int:
+    """``field`` of the experts' layout (EXPERTS or WIDTH), the same in every layer."""
+    sizes = {getattr(moe.layout, field) for moe in opened.anatomy.moe.values()}
+    if len(sizes) > 1:
+        raise UserError(f"The layers differ in {NAMES[field]}", expected="one number", got=sorted(sizes),
                         remedy="this architecture is not supported yet")  # fmt: skip
-    return counts.pop()
+    return sizes.pop()
+
+
+def experts_of(opened: OpenModel) -> int:
+    return size_of(opened, EXPERTS)
 
 
 def groups_of(opened: OpenModel) -> int:
@@ -64,44 +73,82 @@ def refuse_count(opened: OpenModel, count: int) -> None:
                         f"{least} a group: the router first picks {picked} groups", got=count, remedy="choose another --keep")  # fmt: skip
 
 
-def shrink(opened: OpenModel, count: int, folder: Path, trust_remote_code: bool = False) -> Smaller:
-    """Find the config with ``count`` experts a layer; it and the checkpoint's other small files are written to ``folder``."""
-    _refuse_tables(opened)
+def shrink(opened: OpenModel, field: str, count: int, folder: Path, trust_remote_code: bool = False) -> Smaller:
+    """Find the config in which ``field`` of every layer's experts is ``count`` and nothing else changes.
+
+    field: EXPERTS or WIDTH. The config and the checkpoint's other small files are written to ``folder``.
+    """
+    if field == EXPERTS:
+        _refuse_tables(opened)
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(opened.checkpoint.folder, folder)
+    whole = size_of(opened, field)
 
-    def build(keys: list[str]) -> PreTrainedModel:
-        config = reduce(lambda done, key: _with(done, key, count), keys, opened.checkpoint.config)
+    def build(numbers: Mapping[str, int]) -> PreTrainedModel:
+        config = reduce(lambda done, key: _with(done, key, numbers[key]), numbers, opened.checkpoint.config)
         write_text(folder / "config.json", json.dumps(config, indent=2))
         loaded = load_config(folder, trust_remote_code)
         loaded.dtype = loaded.get_text_config().dtype = opened.dtype
         return build_skeleton(loaded, trust_remote_code)
 
-    keys = [key for key in _candidates(opened) if _decides(opened, count, partial(build, [key]))]
+    keys = [key for key in _candidates(opened, whole) if _decides(opened, field, count, partial(build, {key: count}))]
     if not keys:
-        raise UserError("No number in config.json decides how many experts there are", got=f"{experts_of(opened)} experts",
+        raise UserError(f"No number in config.json decides {NAMES[field]}", got=whole,
                         remedy="this architecture is not supported yet")  # fmt: skip
-    model = build([*keys, *_aliases(opened, keys)])
+    numbers = dict.fromkeys([*keys, *_aliases(opened, keys)], count)
+    model, axes, numbers = _following(opened, field, count, build, numbers)
     for _, experts in find_experts(model):
         experts.config._experts_implementation = seam.NAME
-    return Smaller(model, keys, _axes(opened, model, count))
+    return Smaller(model, list(numbers), axes)
+
+
+def _following(opened: OpenModel, field: str, count: int, build: Callable[[Mapping[str, int]], PreTrainedModel],
+               numbers: dict[str, int]) -> tuple[PreTrainedModel, dict[str, int], dict[str, int]]:  # fmt: skip
+    """The model whose tensors all follow, the axes on which they do, and what its config needed.
+
+    Where shared experts are as wide as a number of routed ones, that number grows as routed experts become narrower.
+    """
+    model = build(numbers)
+    try:
+        return model, _axes(opened, model, field, count), numbers
+    except UserError as error:
+        if field == EXPERTS:
+            raise
+        for more in _shared(opened, count):
+            model = build(numbers | more)
+            with suppress(UserError):
+                return model, _axes(opened, model, field, count), numbers | more
+        raise error
 
 
 # --- the config -----------------------------------------------------------------------------------------------------
 
 
-def _candidates(opened: OpenModel) -> list[str]:
-    """Every entry of the config, as "key" or "section.key", that equals the number of experts."""
-    experts = experts_of(opened)
-    found: dict[str, None] = {}
+def _entries(opened: OpenModel) -> Iterator[tuple[str, Any]]:
+    """Every entry of the config, those it leaves to the family included, as "key" or "section.key"."""
     for source in (opened.checkpoint.config, opened.config.to_dict()):
         for key, value in source.items():
-            inside = value.items() if isinstance(value, dict) else ()
-            for name, number in ((key, value), *((f"{key}.{k}", v) for k, v in inside)):
-                numbers = number if isinstance(number, list) and number else [number]
-                if all(type(n) is int and n == experts for n in numbers):
-                    found[name] = None
+            yield key, value
+            if isinstance(value, dict):
+                yield from ((f"{key}.{inner}", v) for inner, v in value.items())
+
+
+def _candidates(opened: OpenModel, whole: int) -> list[str]:
+    """The entries that equal ``whole``, or are lists of it."""
+    found: dict[str, None] = {}
+    for name, number in _entries(opened):
+        numbers = number if isinstance(number, list) and number else [number]
+        if all(type(n) is int and n == whole for n in numbers):
+            found[name] = None
     return list(found)
+
+
+def _shared(opened: OpenModel, count: int) -> list[dict[str, int]]:
+    """Numbers of shared experts with which they are as wide as before, if a shared expert is as wide as a routed one."""
+    whole = size_of(opened, WIDTH)
+    found = {name: n * whole // count for name, n in _entries(opened)
+             if "shared" in name and type(n) is int and n > 0 and n * whole % count == 0}  # fmt: skip
+    return [{name: n} for name, n in found.items()]
 
 
 def _with(config: dict[str, Any], key: str, count: int) -> dict[str, Any]:
@@ -112,9 +159,10 @@ def _with(config: dict[str, Any], key: str, count: int) -> dict[str, Any]:
     return config | {name: [count] * len(old) if isinstance(old, list) else count}
 
 
-def _decides(opened: OpenModel, count: int, build: Callable[[], PreTrainedModel]) -> bool:
-    """Does a change of the config change the number of experts of every layer, and nothing else about them?"""
-    wanted = {m.module: replace(m.layout, experts=count) for m in opened.anatomy.moe.values()}
+def _decides(opened: OpenModel, field: str, count: int, build: Callable[[], PreTrainedModel]) -> bool:
+    """Does a change of the config change ``field`` of the experts of every layer, and nothing else about them?"""
+    change: dict[str, Any] = {field: count}
+    wanted = {m.module: replace(m.layout, **change) for m in opened.anatomy.moe.values()}
     try:
         model = build()
     except UserError:  # a number of something else, that happens to be equal: heads, layers, a token
@@ -139,20 +187,28 @@ def _aliases(opened: OpenModel, keys: list[str]) -> list[str]:
 # --- the tensors ----------------------------------------------------------------------------------------------------
 
 
-def _axes(opened: OpenModel, smaller: PreTrainedModel, count: int) -> dict[str, int]:
-    """Compare shapes: each tensor is as it was, or has ``count`` instead of all experts on one axis."""
-    experts, prefix = experts_of(opened), opened.anatomy.stack + "."
+def _axes(opened: OpenModel, smaller: PreTrainedModel, field: str, count: int) -> dict[str, int]:
+    """Compare shapes: each tensor is as it was, or smaller on one axis, as ``field`` is."""
+    whole = size_of(opened, field)
+    # Experts are in all that a layer has one slice an expert of; neurons only in experts, gate and up often in one tensor.
+    prefixes = (opened.anatomy.stack + ".",) if field == EXPERTS else tuple(m.module + "." for m in opened.anatomy.moe.values())
+    multiples = (1,) if field == EXPERTS else (1, 2)
+    pairs = [(n * whole, n * count) for n in multiples]
     before, after = (dict(model.state_dict()) for model in (opened.model, smaller))
     axes = {}
     for name in sorted(before.keys() | after.keys()):
-        old, new = (tuple(side[name].shape) if name in side else None for side in (before, after))
+        old, new = (tuple(side[name].shape) if name in side else () for side in (before, after))
         if old == new:
             continue
-        changed = [a for a, pair in enumerate(zip(old or (), new or (), strict=False)) if pair == (experts, count)]
-        same = len(changed) == 1 and old is not None and (*old[: changed[0]], count, *old[changed[0] + 1 :]) == new
-        if not same or not name.startswith(prefix):
-            raise UserError(f"{name} would not follow a smaller number of experts", expected="the same shape, or one slice an expert",
-                            got=f"{old} → {new}", remedy="this architecture is not supported yet")  # fmt: skip
+        changed = [axis for axis, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
+        follows = len(old) == len(new) and len(changed) == 1 and (old[changed[0]], new[changed[0]]) in pairs
+        if not follows or not name.startswith(prefixes):
+            what = "one slice an expert" if field == EXPERTS else "a part of a routed expert"
+            remedy = "this architecture is not supported yet"
+            if field == WIDTH and "shared" in name and changed and old[changed[0]] % count:
+                remedy = f"shared experts are as wide as a number of routed ones: choose a width that divides {old[changed[0]]}"
+            raise UserError(f"{name} would not follow if {NAMES[field]} were smaller", expected=f"the same shape, or {what}",
+                            got=f"{old} → {new}", remedy=remedy)  # fmt: skip
         axes[name] = changed[0]
     return axes
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import head_class, shake, tiny_checkpoint, tiny_config
 from transformers import PreTrainedModel
+from whole import accounts_for_everything, job_of
 
 from moecompress import pipeline
 from moecompress.errors import UserError
 from moecompress.model import families
 from moecompress.model.experts import find_experts
-from moecompress.recipe import recipe_from
 from moecompress.transform import stage
 from moecompress.transform.regroup import Regrouping, dropping
 from moecompress.transform.stage import Request
@@ -32,16 +32,9 @@ REFUSED = {"deepseek_v4": "holds whole numbers", "inkling": "would not follow", 
 #: Families whose router no rule of transform/routing.py describes: only NAEE needs one.
 NO_RULE = ("gemma4", "phimoe")
 OTHERS = [f for f in families.INTERFACE if f not in (*ALWAYS, *families.FAILS, *REFUSED)]
-RECIPE = recipe_from(["calibration.sequences=3", "calibration.heldout=1", "calibration.length=24", "compute.micro_batch=1"])
 
 
 pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
-
-
-def job_of(folder: Path) -> pipeline.Job:
-    vocabulary = json.loads((folder / "config.json").read_text())
-    vocabulary = vocabulary.get("text_config", vocabulary)["vocab_size"]
-    return pipeline.make_job(str(folder), RECIPE, tokens=roundtrip.tokens(vocabulary))
 
 
 def prune(folder: Path, out: Path, method: str, keep: float = 3, protected=(), seed: int = 0) -> dict:
@@ -111,21 +104,6 @@ def test_dropping_is_masking(family: str, tmp_path: Path) -> None:
     manifest = prune(source, out, "naee", protected=tuple((layer, 3) for layer in layers[first:]))
     equals_the_masked_original(family, source, out, manifest)
     accounts_for_everything(source, out, manifest)
-
-
-def accounts_for_everything(source: Path, out: Path, manifest: dict) -> None:
-    """Every input tensor has a fate; what was kept is the same bytes; only numbers of experts changed in the config."""
-    before, after = roundtrip.stored(source), roundtrip.stored(out)
-    fates = {name: fate["fate"] for name, fate in manifest["tensors"].items()}
-    assert set(fates) == set(before) and set(after) <= set(before)
-    for name, fate in fates.items():
-        if fate == "kept":
-            assert torch.equal(after[name], before[name]), name
-    assert all(after[name].dtype == before[name].dtype for name in after)
-    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
-    changed = {key for key in {**old, **new} if old.get(key) != new.get(key)}
-    assert changed == {key.partition(".")[0] for key in manifest["config_keys"]}
-    assert "quantization_config" not in new
 
 
 @pytest.mark.parametrize("method", ["m-smoe", "hc-smoe", "ream"])
