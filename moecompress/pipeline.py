@@ -45,54 +45,6 @@ from moecompress.transform.stage import Request, transform
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
-#: Memory for the Hessians and working copies of a chunk of experts, as a share of the largest layer; and at least.
-WORKSPACE_SHARE, WORKSPACE_LEAST = 0.125, 64 * 1024**2
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything the stages are functions of."""
-
-    folder: Path
-    recipe: Recipe
-    tokens: TokenBatches
-    trust_remote_code: bool = False
-    text: str = "builtin"
-    opened: OpenModel = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "opened", self.open())
-
-    def open(self) -> OpenModel:
-        """A fresh skeleton: compressing changes it, so every pass has its own."""
-        return OpenModel(self.folder, compute_dtype(self.folder, self.recipe.compute.dtype), self.trust_remote_code)
-
-    @property
-    def heldout(self) -> list[torch.Tensor]:
-        return list(split_heldout(self.tokens, self.recipe.calibration.heldout)[1].ids.split(1))
-
-    @property
-    def calibration(self) -> Calibration:
-        used, _ = split_heldout(self.tokens, self.recipe.calibration.heldout)
-        workspace = max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * self.opened.anatomy.largest_layer))
-        return Calibration(used.ids, used.mask, self.recipe.compute.micro_batch, self.recipe.quantize.hessian,
-                           self.recipe.quantize.shrink, workspace, self.text)  # fmt: skip
-
-    @property
-    def settings(self) -> Settings:
-        q = self.recipe.quantize
-        return Settings(q.method, q.damping, q.order, q.refine, q.allow_fallback)
-
-    @property
-    def schemes(self) -> list[Scheme]:
-        return [Scheme(c.bits, c.group, c.symmetric) for c in self.recipe.allocate.candidates]
-
-    def fingerprint(self) -> str:
-        parts = [FORMAT_VERSION, self.opened.checkpoint.fingerprint(), self.recipe.fingerprint(), self.tokens.fingerprint,
-                 str(self.opened.dtype), torch.__version__, torch.get_num_threads()]  # fmt: skip
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Result:
     """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text."""
@@ -103,14 +55,6 @@ class Result:
     chosen: str = "plan"
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
-
-
-def make_job(model: str, recipe: Recipe, trust_remote_code: bool = False, tokens: TokenBatches | None = None) -> Job:
-    folder = resolve(model)
-    if tokens is None:
-        c = recipe.calibration
-        tokens = token_batches(load_tokenizer(folder, trust_remote_code), c.text, c.sequences, c.length, c.seed)
-    return Job(folder, recipe, tokens, trust_remote_code, recipe.calibration.text)
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -226,59 +170,9 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     }  # fmt: skip
 
 
-def prune(job: Job, request: Request, out: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Drop or merge experts of ``job``'s model; ``out``, an ordinary checkpoint, appears only when it is complete and verified.
-
-    Returns its manifest. Of the recipe, calibration and compute count.
-    """
-    refuse_target(out)
-    work = work_folder(out)
-    open_work(work, hashlib.sha256(f"{job.fingerprint()} {request}".encode()).hexdigest(), fresh)
-    reference = trace(job.open(), job.heldout, "original on held-out text")
-    ready = work / "out"
-    done = transform(job.open(), job.calibration, request, Work(ready, work / "state"), job.trust_remote_code)
-    smaller = OpenModel(ready, job.opened.dtype, job.trust_remote_code)
-    measured = compare(smaller, job.heldout, reference, "pruned on held-out text").summary()
-    for key in [key for key in measured if key.startswith("router_agreement")]:
-        del measured[key]  # experts have new numbers
-    (ready / FOLDER).mkdir(exist_ok=True)
-    manifest = {
-        **_identity(job),
-        "input_bytes": job.opened.checkpoint.nbytes,
-        "total_bytes": sum(shard.stat().st_size for shard in ready.glob("*.safetensors")),
-        "method": request.method,
-        "keep": request.count,
-        "seed": request.seed,
-        "protected": [f"L{layer:02d}.E{expert:03d}" for layer, expert in request.protected],
-        "heldout": measured,
-        **done,
-    }
-    finish(ready, manifest, out)
-    shutil.rmtree(work)
-    return manifest
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    """What a manifest says about the input."""
-    anatomy = job.opened.anatomy
-    return {
-        "model": {"model_type": anatomy.model_type, "architecture": anatomy.architecture,
-                  "fingerprint": job.opened.checkpoint.config.get("_name_or_path") or job.folder.name},
-        "calibration": {"text": job.text, "tokens": int(job.calibration.mask.sum()), "fingerprint": job.tokens.fingerprint},
-        "compute_dtype": str(job.opened.dtype).removeprefix("torch."),
-    }  # fmt: skip
-
-
 def load_and_measure(folder: Path, batches: list[torch.Tensor], reference: Trace, dtype: torch.dtype) -> Divergence:
     """Load a written folder again, from its files alone, and compare it with the original."""
     return compare(OpenModel(folder, dtype, prepare=prepare(folder)), batches, reference, "compressed on held-out text")
-
-
-def finish(ready: Path, manifest: dict[str, Any], out: Path) -> None:
-    """Hash, verify, and only then give the folder its name."""
-    write_manifest(ready, manifest)
-    verify_files(ready)
-    give_name(ready, out)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -411,38 +305,6 @@ def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
         weight=np.stack([layer.gate_sum.numpy() for layer in layers]),
         error=np.stack([layer.harm.sum(1).sqrt().numpy() for layer in layers]),
     )
-
-
-# --- folders --------------------------------------------------------------------------------------------------------
-
-
-def refuse_target(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"The output folder {out} is not empty", expected="a new or empty folder",
-                        remedy="choose another -o, or remove it first")  # fmt: skip
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"Cannot write to {parent}", expected="write permission", remedy="choose another -o")
-
-
-def work_folder(out: Path) -> Path:
-    out = out.absolute()
-    return out.with_name(f".{out.name}.moecompress-work")
-
-
-def open_work(work: Path, fingerprint: str, fresh: bool) -> None:
-    """Keep the work of an earlier run only if it was of exactly this job."""
-    mark = work / "fingerprint"
-    if work.exists():
-        if not fresh and mark.exists() and mark.read_text() == fingerprint:
-            say("resuming the unfinished run found beside the output folder")
-            return
-        if not fresh:
-            notice("an unfinished run with other inputs was found beside the output folder; starting afresh")
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    write_text(mark, fingerprint)
 
 
 def check_space(out: Path, job: Job, chosen: Plan) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moecompress.calibrate.capture import Capture, recording
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.compress import Work, capture_layer, write_rest
 from moecompress.errors import UserError
@@ -16,8 +17,8 @@ from moecompress.model.checkpoint import write_index, write_shard
 from moecompress.model.skeleton import release, stored_names
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.progress import track
-from moecompress.transform.methods import METHODS, Scene
-from moecompress.transform.outputs import canonical, stored
+from moecompress.transform.methods import METHODS, TOKENS, Scene
+from moecompress.transform.outputs import canonical, sample, stored
 from moecompress.transform.regroup import Regrouping, apply
 from moecompress.transform.shrink import Smaller, experts_of, groups_of, refuse_count, shrink
 
@@ -64,7 +65,8 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
               trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
     """Write a whole checkpoint with fewer experts to ``work.shards``; returns what became of every expert and tensor.
 
-    Finished layers are kept in ``work`` and not done again.
+    Finished layers are kept in ``work`` and not done again. Of each layer: which experts are ``kept``, the ``target`` of
+    every old one, the ``tokens`` that chose it, and ``output_error``, how far what its experts give is from before.
     """
     work.make()
     smaller = shrink(opened, request.count, work.shards, trust_remote_code)
@@ -76,10 +78,10 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
         with Walk(opened, calibration.batches) as walk:
             start = walk.restore(work.state)
             for layer in track(walk.layers(start), request.method, total - start):
-                record = _transform_layer(walk, smaller, layer, calibration, request, work)
+                record, outputs = _transform_layer(walk, smaller, layer, calibration, request, work)
                 work.keep_record(layer, record)
                 if layer < total - 1:
-                    walk.hand_on([walk.run(lane) for lane in range(len(walk.waiting))], work.state)
+                    walk.hand_on(outputs, work.state)
     write_index(work.shards, sorted(work.shards.glob("model-*.safetensors")))
     return {
         "config_keys": smaller.keys,
@@ -89,30 +91,58 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
 
 
 def _transform_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Calibration, request: Request,
-                     work: Work) -> dict[str, Any]:  # fmt: skip
-    """Decide, write the layer's shard, and let the walk go on with the smaller layer. Returns the map of its experts."""
+                     work: Work) -> tuple[dict[str, Any], list[Any]]:  # fmt: skip
+    """Decide, write the layer's shard, and run the smaller layer: the map of its experts, and its outputs."""
     opened = walk.opened
     tensors = {
         info.name: opened.checkpoint.read(info.name)
         for info in opened.anatomy.of_layer(layer)
         if info.target not in smaller.axes
     }
-    record: dict[str, Any] = {}
     moe = opened.anatomy.moe.get(layer)
-    if moe is not None:
+    if moe is None:
+        record, outputs = {}, _run(walk)
+    else:
         capture = capture_layer(walk, moe, calibration)
         module = opened.model.get_submodule(moe.module)
         biases = [t.flatten() for t in _of_layer(opened, smaller, layer).values() if t.numel() == moe.layout.experts]
         scene = Scene(module, moe.layout, capture, request.count, request.protected_in(layer), biases, groups_of(opened),
                       request.seed + layer, calibration.workspace_bytes)  # fmt: skip
         regrouping = METHODS[request.method](scene)
+        before = _Given(module, capture)
         changed = regrouped(opened, smaller, moe, regrouping)
         tensors |= _on_disk(opened, smaller, changed)
         _replace_layer(opened, smaller, layer, changed)
         record = {"kept": regrouping.keep.tolist(), "target": regrouping.target.tolist(),
                   "tokens": scene.routed.counts.tolist()}  # fmt: skip
+        del scene, capture
+        module = opened.model.get_submodule(moe.module)
+        with recording(opened.model.get_submodule(moe.module.rpartition(".")[0]), module) as recorder:
+            outputs = _run(walk)
+        record["output_error"] = before.error(module, recorder.capture(calibration.mask))
     write_shard(work.layer_shard(layer, len(opened.layers)), tensors)
-    return record
+    return record, outputs
+
+
+def _run(walk: Walk) -> list[Any]:
+    return [walk.run(lane) for lane in range(len(walk.waiting))]
+
+
+class _Given:
+    """What the experts of a layer give for a sample of its tokens, to compare with what they give when they are fewer."""
+
+    def __init__(self, module: nn.Module, capture: Capture):
+        self.tokens = sample(capture, TOKENS)
+        self.output = self._run(module, capture)
+
+    def error(self, module: nn.Module, capture: Capture) -> float:
+        """‖new − old‖ / ‖old‖ over the same tokens of the same inputs."""
+        off = self._run(module, capture) - self.output
+        return float(off.norm() / self.output.norm().clamp_min(1e-30))
+
+    def _run(self, module: nn.Module, capture: Capture) -> torch.Tensor:
+        """[T, d] with the capture's choices and weights."""
+        return module(*(part[self.tokens] for part in (capture.hidden, capture.chosen, capture.weights))).double()
 
 
 def _of_layer(opened: OpenModel, smaller: Smaller, layer: int) -> dict[str, torch.Tensor]:
