@@ -34,13 +34,17 @@ WORKSPACE_SHARE, WORKSPACE_LEAST = 0.125, 64 * 1024**2
 
 @dataclass(frozen=True)
 class Job:
-    """Everything the stages are functions of."""
+    """Everything the stages are functions of.
+
+    folder: the model to work on. original: the job as it was given, where steps of the recipe have changed the model since.
+    """
 
     folder: Path
     recipe: Recipe
     tokens: TokenBatches
     trust_remote_code: bool = False
     text: str = "builtin"
+    original: Job | None = None
     opened: OpenModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +53,20 @@ class Job:
     def open(self) -> OpenModel:
         """A fresh skeleton: compressing changes it, so every pass has its own."""
         return OpenModel(self.folder, compute_dtype(self.folder, self.recipe.compute.dtype), self.trust_remote_code)
+
+    @property
+    def given(self) -> Job:
+        """The job with the model that everything is measured against, and that bits are counted by."""
+        return self.original or self
+
+    def after(self, folder: Path) -> Job:
+        """The same job for what a step made of the model."""
+        return replace(self, folder=folder, original=self.given)
+
+    @cached_property
+    def reference(self) -> Trace:
+        """The original on held-out text."""
+        return trace(self.open(), self.heldout, "original on held-out text")
 
     @property
     def heldout(self) -> list[torch.Tensor]:
@@ -71,7 +89,8 @@ class Job:
         return [Scheme(c.bits, c.group, c.symmetric) for c in self.recipe.allocate.candidates]
 
     def fingerprint(self) -> str:
-        parts = [FORMAT_VERSION, self.opened.checkpoint.fingerprint(), self.recipe.fingerprint(), self.tokens.fingerprint,
+        recipe = self.recipe.without_limits()
+        parts = [FORMAT_VERSION, self.opened.checkpoint.fingerprint(), recipe.fingerprint(), self.tokens.fingerprint,
                  str(self.opened.dtype), torch.__version__, torch.get_num_threads()]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -123,12 +142,21 @@ def finish(ready: Path, manifest: dict[str, Any], out: Path) -> None:
     give_name(ready, out)
 
 
-def _identity(job: Job) -> dict[str, Any]:
+def identity(job: Job) -> dict[str, Any]:
     """What a manifest says about the input."""
-    anatomy = job.opened.anatomy
+    given = job.given
+    anatomy, checkpoint = given.opened.anatomy, given.opened.checkpoint
     return {
         "model": {"model_type": anatomy.model_type, "architecture": anatomy.architecture,
-                  "fingerprint": job.opened.checkpoint.config.get("_name_or_path") or job.folder.name},
+                  "fingerprint": checkpoint.config.get("_name_or_path") or given.folder.name},
         "calibration": {"text": job.text, "tokens": int(job.calibration.mask.sum()), "fingerprint": job.tokens.fingerprint},
         "compute_dtype": str(job.opened.dtype).removeprefix("torch."),
+        "input_bytes": checkpoint.nbytes,
     }  # fmt: skip
+
+
+def refuse_full_disk(out: Path, needed: int, remedy: str) -> None:
+    """Before the long part: can the disk beside ``out`` hold ``needed`` bytes more?"""
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise UserError("The disk is too full", expected=f"{needed:,} bytes free beside {out}", got=f"{free:,}", remedy=remedy)

@@ -1,6 +1,7 @@
 """The story: a checkpoint and a byte budget in, a smaller checkpoint with its proof out.
 
-open → calibrate → plan → compress → compare with the uniform plan → write → load again and measure.
+open → fewer experts (prune.py) → calibrate → plan → compress → compare with the uniform plan → skipping → load again and
+measure. What is not asked for is left out: only calibrating, planning and compressing always happen.
 Every stage leaves its record in the work folder; a rerun with the same inputs goes on behind the last finished layer.
 """
 
@@ -41,7 +42,6 @@ from moecompress.recipe import Recipe
 from moecompress.runtime.loading import prepare, verify_files
 from moecompress.runtime.packed import bank_tensors
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
-from moecompress.transform.stage import Request, transform
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
@@ -98,7 +98,9 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     """Compress ``job`` into the folder ``out``, which appears only when it is complete and verified."""
     refuse_target(out)
     work = work_folder(out)
+    refuse_no_target(job.recipe)
     open_work(work, job.fingerprint(), fresh)
+    job, steps = transformed(job, work)
     statistics = calibrate(job, work / "calibrate")
     chosen_plan, uniform = plan(job, statistics)
     if dry_run:
@@ -107,7 +109,7 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     plans = {"plan": chosen_plan}
     if job.recipe.allocate.compare == "uniform" and uniform.assignments() != chosen_plan.assignments():
         plans["uniform"] = uniform
-    reference = trace(job.open(), job.heldout, "original on held-out text")
+    reference = job.given.reference
     measured: dict[str, Divergence] = {}
     manifests = {}
     for label, each in plans.items():
@@ -124,9 +126,14 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         }
         if winner == "uniform":
             notice("the uniform plan measured better than the allocated one; it is the one that was written")
-    finish(work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}, out)
+    ready, manifest = work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}
+    if job.recipe.route.policy != "none":
+        manifest["routing"] = skipping(job, ready)
+    if steps:
+        manifest |= {"steps": without_fates(steps), "tensors": fates_through(job.given, steps, manifest["tensors"])}
+    finish(ready, manifest, out)
     shutil.rmtree(work)
-    return Result(out, plans[winner], statistics, winner, summaries, manifests[winner])
+    return Result(out, plans[winner], statistics, winner, summaries, manifest)
 
 
 def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: str) -> dict[str, Any]:
@@ -152,11 +159,10 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     write_text(records / "plan.json", chosen.to_json())
     write_text(records / "recipe.yaml", job.recipe.to_yaml())
     statistics.save(records)
-    weights = opened.anatomy.expert_weights
+    weights = job.given.opened.anatomy.expert_weights
     stored = expert_bytes(shards)
     return {
-        **_identity(job),
-        "input_bytes": opened.checkpoint.nbytes,
+        **identity(job),
         "total_bytes": sum(shard.stat().st_size for shard in shards),
         "expert_bytes": stored,
         "expert_weights": weights,
@@ -257,13 +263,19 @@ def expert_budget(job: Job, statistics: Statistics) -> int | None:
     """Bytes that the banks of all experts may take, indices excluded."""
     target, anatomy = job.recipe.target, job.opened.anatomy
     if target.bits is not None:
-        return int(target.bits * anatomy.expert_weights / 8) - index_bytes(anatomy)
+        return int(target.bits * job.given.opened.anatomy.expert_weights / 8) - index_bytes(anatomy)
     if target.size is not None:
         return target.size - fixed_bytes(job, statistics.schemes)
-    if job.recipe.allocate.allocator == "pmq" and job.recipe.allocate.layer_bits is not None:
-        return None
-    raise UserError("No target", expected="a size or a number of bits",
-                    remedy="pass --target-size 80MB or --target-bits 2.5, or put target.size or target.bits in the recipe")  # fmt: skip
+    refuse_no_target(job.recipe)
+    return None
+
+
+def refuse_no_target(recipe: Recipe) -> None:
+    own = recipe.allocate.allocator == "pmq" and recipe.allocate.layer_bits is not None
+    if recipe.target.bits is None and recipe.target.size is None and not own:
+        raise UserError("No target", expected="a size or a number of bits",
+                        remedy="pass --target-size 80MB or --target-bits 2.5, or put target.size or target.bits in the recipe"
+                        + ("; its transform steps alone are what `moecompress prune` does" if recipe.transform else ""))  # fmt: skip
 
 
 def fixed_bytes(job: Job, schemes: list[str]) -> int:
@@ -292,7 +304,7 @@ def too_small(job: Job, budget: int, least: int) -> UserError:
         smallest = target.size - budget + least
         return UserError("The target size cannot be reached", expected=f"at least {smallest:,} bytes with these candidates",
                          got=f"{target.size:,} bytes", remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
-    weights, extra = job.opened.anatomy.expert_weights, index_bytes(job.opened.anatomy)
+    weights, extra = job.given.opened.anatomy.expert_weights, index_bytes(job.opened.anatomy)
     return UserError("The target cannot be reached", expected=f"at least {8 * (least + extra) / weights:.4f} bits per expert weight",
                      got=target.bits, remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
 
@@ -311,8 +323,5 @@ def check_space(out: Path, job: Job, chosen: Plan) -> None:
     """Refuse before the long part when the disk cannot hold the result and the state for resuming."""
     plans = 2 if job.recipe.allocate.compare == "uniform" else 1
     hidden = job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
-    needed = plans * (chosen.bytes + fixed_bytes(job, [])) + hidden
-    free = shutil.disk_usage(out.absolute().parent).free
-    if free < needed:
-        raise UserError("The disk is too full", expected=f"{needed:,} bytes free beside {out}", got=f"{free:,}",
-                        remedy="free space, choose another -o, or set allocate.compare=none")  # fmt: skip
+    refuse_full_disk(out, plans * (chosen.bytes + fixed_bytes(job, [])) + hidden,
+                     "free space, choose another -o, or set allocate.compare=none")  # fmt: skip
