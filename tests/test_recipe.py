@@ -108,7 +108,7 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("allocate: {candidates: []}\n", "at least 1 item"),
         ("allocate: {candidates: [{bits: 2}, {bits: 2}]}\n", "listed twice"),
         ("allocate: {candidates: [{group: 64}]}\n", "is missing"),
-        ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers"),
+        ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "neither group nor symmetric"),
         ("allocate: {allocator: pmq, granularity: layer}\n", "decides per expert"),
         ("quantize: {hessian: g3}\n", "'1', 'g' or 'g2'"),
         ("name: a\nname: b\n", ":2:1: key 'name' appears twice"),

@@ -157,7 +157,7 @@ def test_expected_error_ranks_and_predicts_what_gptq_does():
     schemes = [Scheme(2, 32), Scheme(3, 32), Scheme(4, 32), Scheme(16)]
     names = list("abcdef")
     inputs = study(hessian, names, Settings())
-    predicted = expected_error(weights, inputs, torch.ones(6, 40), schemes, Settings())
+    predicted = expected_error(weights, inputs, torch.ones(6, 40), schemes)
     for c, scheme in enumerate(schemes[:3]):
         encoded = encode(weights, inputs, scheme, Settings())
         whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
