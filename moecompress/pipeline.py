@@ -7,9 +7,7 @@ Every stage leaves its record in the work folder; a rerun with the same inputs g
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -23,31 +21,36 @@ import torch
 from moecompress.allocate.candidates import Unit, unit_id
 from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
-from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
-from moecompress.calibrate.observe import Calibration, observe
+from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
 from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
+from moecompress.job import Job, finish, identity, open_work, refuse_full_disk, refuse_target, work_folder
+from moecompress.job import make_job as make_job
 from moecompress.model.anatomy import EXPERT, Anatomy
-from moecompress.model.checkpoint import copy_companions, give_name, resolve, write_index, write_text
-from moecompress.model.skeleton import compute_dtype, load_tokenizer
+from moecompress.model.checkpoint import copy_companions, read_config, write_index, write_text
 from moecompress.model.walk import OpenModel
-from moecompress.pack.manifest import FOLDER, expert_bytes, fates, write_manifest
+from moecompress.pack.manifest import FOLDER, expert_bytes, fates
 from moecompress.pack.scheme import Scheme
 from moecompress.pack.size import shard_bytes
-from moecompress.progress import notice, say
-from moecompress.quantize.encode import Settings
+from moecompress.progress import notice
+from moecompress.prune import account, transformed, without_fates
 from moecompress.recipe import Recipe
-from moecompress.runtime.loading import prepare, verify_files
+from moecompress.route.folder import choose, record_of, store
+from moecompress.route.frontier import Bench
+from moecompress.runtime.loading import prepare
 from moecompress.runtime.packed import bank_tensors
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text."""
+    """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text. Plan and
+    statistics are of the model that transform steps left."""
 
     folder: Path | None
     plan: Plan
@@ -104,7 +107,7 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     statistics = calibrate(job, work / "calibrate")
     chosen_plan, uniform = plan(job, statistics)
     if dry_run:
-        return Result(None, chosen_plan, statistics)
+        return Result(None, chosen_plan, statistics, manifest={"steps": without_fates(steps)} if steps else {})
     check_space(out, job, chosen_plan)
     plans = {"plan": chosen_plan}
     if job.recipe.allocate.compare == "uniform" and uniform.assignments() != chosen_plan.assignments():
@@ -130,7 +133,7 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     if job.recipe.route.policy != "none":
         manifest["routing"] = skipping(job, ready)
     if steps:
-        manifest |= {"steps": without_fates(steps), "tensors": fates_through(job.given, steps, manifest["tensors"])}
+        manifest |= account(job, steps, manifest["tensors"])
     finish(ready, manifest, out)
     shutil.rmtree(work)
     return Result(out, plans[winner], statistics, winner, summaries, manifest)
@@ -174,6 +177,20 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "schemes": done["schemes"],
         "tensors": fates(opened.anatomy, done["schemes"]),
     }  # fmt: skip
+
+
+def skipping(job: Job, ready: Path) -> dict[str, Any]:
+    """Tune the recipe's routing policy on the calibration text for the folder ``ready``, and write it into config.json."""
+    wish, calibration = job.recipe.route, job.calibration
+
+    def opened() -> OpenModel:
+        return OpenModel(ready, job.opened.dtype, job.trust_remote_code, prepare=prepare(ready, skipping=False))
+
+    bench = Bench(opened, job.heldout, trace(opened(), job.heldout, "compressed on held-out text"))
+    chosen, points = choose(bench, calibration.batches, calibration.mask, wish.policy, wish.skip, wish.max_kl, wish.renormalise)
+    store(read_config(ready), chosen.policy, ready)
+    after = load_and_measure(ready, job.heldout, job.given.reference, job.opened.dtype).summary()
+    return record_of(chosen, points) | {"after": after}
 
 
 def load_and_measure(folder: Path, batches: list[torch.Tensor], reference: Trace, dtype: torch.dtype) -> Divergence:

@@ -65,6 +65,15 @@ def recipe_of(path: Path | None, size: str | None = None, bits: float | None = N
     return load_recipe(path, changes) if path is not None else recipe_from(changes)
 
 
+def refuse_steps(recipe: Recipe, command: str) -> None:
+    """For commands that look at one model, and do not make another first."""
+    if recipe.transform:
+        raise UserError(f"moecompress {command} does not run the recipe's transform steps", expected="a recipe without them",
+                        got=", ".join(step.method for step in recipe.transform),
+                        remedy="run `moecompress prune` with the recipe, then this on its result with --set transform=[]; or let "
+                        "`moecompress quantize --dry-run` do both")  # fmt: skip
+
+
 def print_json(record: Any) -> None:
     json.dump(record, sys.stdout, default=str)
     sys.stdout.write("\n")

@@ -20,7 +20,9 @@ from moecompress.model.checkpoint import copy_companions, write_text
 from moecompress.model.experts import find_experts, layout_of
 from moecompress.model.skeleton import build_skeleton, load_config
 from moecompress.model.walk import OpenModel
+from moecompress.progress import notice
 from moecompress.runtime import seam
+from moecompress.runtime.skipping import KEY
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,12 @@ def shrink(opened: OpenModel, count: int, folder: Path, trust_remote_code: bool 
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(opened.checkpoint.folder, folder)
 
+    kept = dict(opened.checkpoint.config)
+    if kept.pop(KEY, None):
+        notice("the model's routing policy was tuned for more experts and is left out; see `moecompress tune-routing`")
+
     def build(keys: list[str]) -> PreTrainedModel:
-        config = reduce(lambda done, key: _with(done, key, count), keys, opened.checkpoint.config)
+        config = reduce(lambda done, key: _with(done, key, count), keys, kept)
         write_text(folder / "config.json", json.dumps(config, indent=2))
         loaded = load_config(folder, trust_remote_code)
         loaded.dtype = loaded.get_text_config().dtype = opened.dtype

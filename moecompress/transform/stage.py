@@ -16,6 +16,7 @@ from moecompress.model.anatomy import IGNORED, MoELayer
 from moecompress.model.checkpoint import write_index, write_shard
 from moecompress.model.skeleton import release, stored_names
 from moecompress.model.walk import OpenModel, Walk
+from moecompress.pack.manifest import LEFT_OUT
 from moecompress.progress import track
 from moecompress.transform.methods import METHODS, TOKENS, Scene
 from moecompress.transform.outputs import canonical, sample, stored
@@ -35,10 +36,6 @@ class Request:
     @staticmethod
     def of(opened: OpenModel, method: str, keep: float, protected: tuple[tuple[int, int], ...] = (), seed: int = 0) -> Request:
         """keep: a share of the experts below 1, or a number of them. Raises UserError where that cannot be done."""
-        if method not in METHODS:
-            raise UserError(f"Unknown method {method!r}", expected=", ".join(METHODS))
-        if keep >= 1 and keep != int(keep):
-            raise UserError(f"Cannot keep {keep} experts", expected="a share below 1, or a whole number")
         experts, groups = experts_of(opened), groups_of(opened)
         # A share is rounded to what the groups of the router allow.
         count = groups * round(keep * experts / groups) if keep < 1 else int(keep)
@@ -65,8 +62,9 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
               trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
     """Write a whole checkpoint with fewer experts to ``work.shards``; returns what became of every expert and tensor.
 
-    Finished layers are kept in ``work`` and not done again. Of each layer: which experts are ``kept``, the ``target`` of
-    every old one, the ``tokens`` that chose it, and ``output_error``, how far what its experts give is from before.
+    Finished layers are kept in ``work`` and not done again. experts: how many there were and are. layers: of each, which
+    experts are ``kept``, the ``target`` of every old one, the ``tokens`` that chose it, and ``output_error``, how far what
+    its experts give is from before.
     """
     work.make()
     smaller = shrink(opened, request.count, work.shards, trust_remote_code)
@@ -85,7 +83,8 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
     write_index(work.shards, sorted(work.shards.glob("model-*.safetensors")))
     return {
         "config_keys": smaller.keys,
-        "experts": {str(layer): record for layer, record in enumerate(work.records(total)) if record},
+        "experts": [experts_of(opened), request.count],
+        "layers": {str(layer): record for layer, record in enumerate(work.records(total)) if record},
         "tensors": _fates(opened, smaller),
     }
 
@@ -197,7 +196,7 @@ def _fates(opened: OpenModel, smaller: Smaller) -> dict[str, dict[str, Any]]:
         info.name: {
             "role": info.role,
             "bytes": info.nbytes,
-            "fate": "left out" if info.role == IGNORED else "regrouped" if info.target in smaller.axes else "kept",
+            "fate": LEFT_OUT if info.role == IGNORED else "regrouped" if info.target in smaller.axes else "kept",
         }
         for info in opened.anatomy.tensors
     }

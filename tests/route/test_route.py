@@ -24,8 +24,8 @@ from moecompress.export.dense import export
 from moecompress.model.experts import resolve
 from moecompress.model.walk import OpenModel
 from moecompress.route.calibrate import Seen, observe, tune
-from moecompress.route.folder import counting
 from moecompress.route.folder import route as route_folder
+from moecompress.route.frontier import counting
 from moecompress.runtime import loading
 from moecompress.runtime.packed import PackedBank, PackedExperts
 from moecompress.runtime.skipping import KEY, Policy, read_policy
@@ -228,10 +228,10 @@ def test_more_skipping_costs_more(mixtral: Model, tmp_path: Path) -> None:
 
 def test_command_line(tiny_model: Path, text_file: Path, tmp_path: Path, moecompress) -> None:
     options = ["--text", text_file, "--sequences", 4, "--length", 32, "--heldout", 1]
-    ran = moecompress("route", tiny_model, "-o", tmp_path / "out", "--policy", "modes", "--skip", 0.25, "--renormalise", *options)
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "out", "--policy", "modes", "--skip", 0.25, "--renormalise", *options)
     assert ran.code == 0 and "policy modes skips" in ran.out
     assert read_policy(tmp_path / "out").renormalise
-    ran = moecompress("route", tiny_model, "-o", tmp_path / "more", "--skip", 0.6, *options)
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "more", "--skip", 0.6, *options)
     assert ran.code == 2 and "at most 50.0%" in ran.err
     assert not (tmp_path / "more").exists()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,10 @@ from moecompress import pipeline
 from moecompress.errors import UserError
 from moecompress.model import families
 from moecompress.model.experts import find_experts
-from moecompress.recipe import recipe_from
+from moecompress.prune import prune as prune_job
+from moecompress.recipe import ComputeRecipe, recipe_from, step_from
 from moecompress.transform import stage
 from moecompress.transform.regroup import Regrouping, dropping
-from moecompress.transform.stage import Request
 
 ALWAYS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss")
 #: Why a smaller number of experts is refused.
@@ -45,8 +46,13 @@ def job_of(folder: Path) -> pipeline.Job:
 
 
 def prune(folder: Path, out: Path, method: str, keep: float = 3, protected=(), seed: int = 0) -> dict:
+    names = [f"L{layer:02d}.E{expert:03d}" for layer, expert in protected]
+    step = step_from({"method": method, "keep": keep, "max_kl": None} | ({"protect": names} if names else {}))
     job = job_of(folder)
-    return pipeline.prune(job, Request.of(job.opened, method, keep, protected, seed), out)
+    recipe = job.recipe.model_copy(update={"transform": (step,), "compute": ComputeRecipe(seed=seed, micro_batch=1)})
+    manifest = prune_job(replace(job, recipe=recipe), out)
+    (record,) = manifest["steps"]
+    return manifest | {"experts": record["layers"], "config_keys": record["config_keys"]}
 
 
 def with_selection_bias(folder: Path) -> None:
@@ -200,8 +206,8 @@ def test_later_layers_see_what_the_changed_ones_deliver(qwen: Path, tmp_path: Pa
         seen.append(scene.capture.hidden)
         return dropping([0, 1, 3], 4)
 
-    monkeypatch.setitem(stage.METHODS, "spy", spy)
-    prune(qwen, tmp_path / "out", "spy")
+    monkeypatch.setitem(stage.METHODS, "random", spy)
+    prune(qwen, tmp_path / "out", "random")
     model = roundtrip.load(head_class("qwen3_moe"), tmp_path / "out")
     got: list[torch.Tensor] = []
     list(find_experts(model))[-1][1].register_forward_pre_hook(lambda _m, inputs: got.append(inputs[0]))
@@ -246,7 +252,7 @@ def test_layers_that_the_model_ignores_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("keep", "protected", "method", "reason"), [
     (2, [], "reap", "Cannot keep 2 of 4"), (4, [], "reap", "Cannot keep 4 of 4"), (0.25, [], "reap", "Cannot keep 1 of 4"),
-    (3.5, [], "reap", "Cannot keep 3.5"), (3, [], "magic", "Unknown method 'magic'"),
+    (3.5, [], "reap", "a whole number of experts"), (3, [], "magic", "one of reap, ean, .* got 'magic'"),
     (3, [(0, 4)], "reap", "no expert L00.E004"), (3, [(9, 0)], "reap", "no expert L09.E000"),
     (3, [(0, e) for e in range(4)], "reap", "protects more experts"), (3, [(0, 1)], "ream", "cannot protect"),
 ])  # fmt: skip
