@@ -86,7 +86,7 @@ def run(job: Job, step: Any, folder: Path) -> dict[str, Any]:
 
 def worst_layer(record: Mapping[str, Any]) -> tuple[int, float]:
     """The layer whose experts' output a step changed most, and by how much of its norm."""
-    errors = {int(layer): one["output_error"] for layer, one in record["layers"].items()}
+    errors = {int(layer): one["output_error"] for layer, one in record["experts"].items()}
     layer = max(errors, key=errors.__getitem__)
     return layer, errors[layer]
 

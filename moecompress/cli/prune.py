@@ -93,10 +93,10 @@ def print_steps(console: Any, steps: list[dict]) -> None:
     from rich.table import Table
 
     for step in steps:
-        before, after = step["experts"]
+        kept, target = (next(iter(step["experts"].values()))[key] for key in ("kept", "target"))
         table = Table("layer", "dropped", "merged into", "error of the experts' output",
-                      title=f"{step['step']['method']}: {after} experts a layer, of {before}")  # fmt: skip
-        for layer, made in step["layers"].items():
+                      title=f"{step['step']['method']}: {len(kept)} experts a layer, of {len(target)}")  # fmt: skip
+        for layer, made in step["experts"].items():
             kept, target = made["kept"], made["target"]
             dropped = [str(e) for e, new in enumerate(target) if new < 0]
             groups = {k: [str(e) for e, t in enumerate(target) if t == new and e != k] for new, k in enumerate(kept)}

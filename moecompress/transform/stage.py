@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecompress.calibrate.capture import Capture, recording
+from moecompress.calibrate.capture import recording
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.compress import Work, capture_layer, write_rest
 from moecompress.errors import UserError
@@ -18,8 +18,8 @@ from moecompress.model.skeleton import release, stored_names
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.manifest import LEFT_OUT
 from moecompress.progress import track
-from moecompress.transform.methods import METHODS, TOKENS, Scene
-from moecompress.transform.outputs import canonical, sample, stored
+from moecompress.transform.methods import METHODS, Scene
+from moecompress.transform.outputs import Given, canonical, stored
 from moecompress.transform.regroup import Regrouping, apply
 from moecompress.transform.shrink import Smaller, experts_of, groups_of, refuse_count, shrink
 
@@ -62,9 +62,8 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
               trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
     """Write a whole checkpoint with fewer experts to ``work.shards``; returns what became of every expert and tensor.
 
-    Finished layers are kept in ``work`` and not done again. experts: how many there were and are. layers: of each, which
-    experts are ``kept``, the ``target`` of every old one, the ``tokens`` that chose it, and ``output_error``, how far what
-    its experts give is from before.
+    Finished layers are kept in ``work`` and not done again. ``experts``: of each layer, which are ``kept``, the ``target`` of
+    every old one, the ``tokens`` that chose it, and ``output_error``, how far what the experts give is from before.
     """
     work.make()
     smaller = shrink(opened, request.count, work.shards, trust_remote_code)
@@ -83,8 +82,7 @@ def transform(opened: OpenModel, calibration: Calibration, request: Request, wor
     write_index(work.shards, sorted(work.shards.glob("model-*.safetensors")))
     return {
         "config_keys": smaller.keys,
-        "experts": [experts_of(opened), request.count],
-        "layers": {str(layer): record for layer, record in enumerate(work.records(total)) if record},
+        "experts": {str(layer): record for layer, record in enumerate(work.records(total)) if record},
         "tensors": _fates(opened, smaller),
     }
 
@@ -108,7 +106,7 @@ def _transform_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Cali
         scene = Scene(module, moe.layout, capture, request.count, request.protected_in(layer), biases, groups_of(opened),
                       request.seed + layer, calibration.workspace_bytes)  # fmt: skip
         regrouping = METHODS[request.method](scene)
-        before = _Given(module, capture)
+        before = Given(module, capture)
         changed = regrouped(opened, smaller, moe, regrouping)
         tensors |= _on_disk(opened, smaller, changed)
         _replace_layer(opened, smaller, layer, changed)
@@ -125,23 +123,6 @@ def _transform_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Cali
 
 def _run(walk: Walk) -> list[Any]:
     return [walk.run(lane) for lane in range(len(walk.waiting))]
-
-
-class _Given:
-    """What the experts of a layer give for a sample of its tokens, to compare with what they give when they are fewer."""
-
-    def __init__(self, module: nn.Module, capture: Capture):
-        self.tokens = sample(capture, TOKENS)
-        self.output = self._run(module, capture)
-
-    def error(self, module: nn.Module, capture: Capture) -> float:
-        """‖new − old‖ / ‖old‖ over the same tokens of the same inputs."""
-        off = self._run(module, capture) - self.output
-        return float(off.norm() / self.output.norm().clamp_min(1e-30))
-
-    def _run(self, module: nn.Module, capture: Capture) -> torch.Tensor:
-        """[T, d] with the capture's choices and weights."""
-        return module(*(part[self.tokens] for part in (capture.hidden, capture.chosen, capture.weights))).double()
 
 
 def _of_layer(opened: OpenModel, smaller: Smaller, layer: int) -> dict[str, torch.Tensor]:

@@ -14,16 +14,11 @@ from moecompress.transform.stage import Request, transform
 
 def fewer_experts(opened: OpenModel, step: DropStep | MergeStep, seed: int, calibration: Calibration, work: Work,
                   trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
-    return transform(opened, calibration, request_of(opened, step, seed), work, trust_remote_code)
-
-
-def request_of(opened: OpenModel, step: DropStep | MergeStep, seed: int) -> Request:
     protected = tuple(expert_of(name) for name in step.protect) if isinstance(step, DropStep) else ()
-    return Request.of(opened, step.method, step.keep, protected, seed)
+    request = Request.of(opened, step.method, step.keep, protected, seed)
+    return transform(opened, calibration, request, work, trust_remote_code)
 
 
 #: Kind of step -> the function that writes the checkpoint to ``work.shards``, going on where a killed run stopped, and
-#: returns a record with at least ``layers`` (layer -> ``output_error`` and more) and ``tensors`` (name -> fate).
+#: returns a record with at least ``experts`` (layer -> ``output_error`` and more) and ``tensors`` (name -> fate).
 RUN: dict[type, Callable[..., dict[str, Any]]] = {DropStep: fewer_experts, MergeStep: fewer_experts}
-#: Kind of step -> what refuses a step that this model cannot take, before anything is computed.
-CHECK: dict[type, Callable[[OpenModel, Any, int], object]] = {DropStep: request_of, MergeStep: request_of}

@@ -52,7 +52,7 @@ def prune(folder: Path, out: Path, method: str, keep: float = 3, protected=(), s
     recipe = job.recipe.model_copy(update={"transform": (step,), "compute": ComputeRecipe(seed=seed, micro_batch=1)})
     manifest = prune_job(replace(job, recipe=recipe), out)
     (record,) = manifest["steps"]
-    return manifest | {"experts": record["layers"], "config_keys": record["config_keys"]}
+    return manifest | {"experts": record["experts"], "config_keys": record["config_keys"]}
 
 
 def with_selection_bias(folder: Path) -> None:
