@@ -62,7 +62,7 @@ class Bench:
 def by_share(bench: Bench, policy: str, seen: dict[str, Seen], share: float, renormalise: bool | None = None
              ) -> tuple[Point, list[Point]]:  # fmt: skip
     """The policy that skips ``share``, and the way there."""
-    points = [bench.measure(tune(policy, seen, part, renormalise)) for part in (share / 2, share)]
+    points = [bench.measure(tune(policy, seen, part, renormalise)) for part in ((share / 2, share) if share else (share,))]
     return points[-1], points
 
 
@@ -70,7 +70,7 @@ def by_harm(bench: Bench, policy: str, seen: dict[str, Seen], max_kl: float, ren
             ) -> tuple[Point, list[Point]]:  # fmt: skip
     """The policy that skips most of those measured that cost at most ``max_kl`` nats, and all of them, by share skipped.
 
-    UserError if even the smallest share costs more.
+    UserError if even the smallest share that skips anything costs more.
     """
     most = most_share(policy, seen)
     points: list[Point] = []
@@ -89,9 +89,10 @@ def by_harm(bench: Bench, policy: str, seen: dict[str, Seen], max_kl: float, ren
         low = share
     points.sort(key=lambda point: point.policy.skip)
     good = [point for point in points if point.kl <= max_kl]
-    if not good:
+    if not good or good[-1].skipped == 0:
+        worst = next((point for point in points if point.kl > max_kl), points[-1])
         raise UserError(f"{policy} cannot stay within that KL", expected=f"at most {max_kl:g} nats on held-out text",
-                        got=f"{points[0].kl:.4g} nats with {points[0].skipped:.1%} of the expert calls skipped",
+                        got=f"{worst.kl:.4g} nats with {worst.skipped:.1%} of the expert calls skipped",
                         remedy="allow more (--max-kl), or choose another policy")  # fmt: skip
     return good[-1], points
 
