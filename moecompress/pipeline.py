@@ -1,7 +1,7 @@
 """The story: a checkpoint and a byte budget in, a smaller checkpoint with its proof out.
 
-open → fewer experts (prune.py) → calibrate → plan → compress → compare with the uniform plan → skipping → load again and
-measure. What is not asked for is left out: only calibrating, planning and compressing always happen.
+open → fewer experts (prune.py), if asked for → calibrate → plan → compress, the plan and a uniform one → load again, measure
+and keep the better → tune skipping, if asked for → write.
 Every stage leaves its record in the work folder; a rerun with the same inputs goes on behind the last finished layer.
 """
 

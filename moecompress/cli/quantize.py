@@ -119,7 +119,7 @@ def _print(result, record: dict) -> None:
                           f"{row['reference_perplexity']:.3f}")  # fmt: skip
     console.print(table)
     console.print(f"{result.folder}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}, "
-                  f"{record['bits_per_weight']:.3f} bits per expert weight, everything counted")  # fmt: skip
+                  f"{record['bits_per_weight']:.3f} bits per expert weight{' of the original' if record['steps'] else ''}, everything counted")  # fmt: skip
     if record["routing"]:
         skips, after = record["routing"], record["routing"]["after"]
         console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "

@@ -23,6 +23,8 @@ from moecompress.errors import UserError
 from moecompress.export.dense import export
 from moecompress.model.experts import resolve
 from moecompress.model.walk import OpenModel
+from moecompress.prune import prune
+from moecompress.recipe import step_from
 from moecompress.route.calibrate import Seen, most_share, observe, tune
 from moecompress.route.folder import route as route_folder
 from moecompress.route.frontier import counting
@@ -218,6 +220,16 @@ def test_quantizing_keeps_the_policy(mixtral: Model, tmp_path: Path) -> None:
     counts = counting(loaded)
     plain(loaded, mixtral.ids)
     assert sum(n for n, _ in counts) / sum(n for _, n in counts) == pytest.approx(0.3, abs=0.1)
+
+
+def test_dropping_experts_leaves_the_policy_out(mixtral: Model, tmp_path: Path) -> None:
+    """It was tuned for more experts, and the smaller model could not be loaded with it."""
+    route_folder(str(mixtral.folder), tmp_path / "routed", "odp", 0.3, heldout=1, tokens=mixtral.tokens)
+    recipe = SMALL.model_copy(update={"transform": (step_from({"method": "reap", "keep": 3}),)})
+    job = pipeline.make_job(str(tmp_path / "routed"), recipe, tokens=mixtral.tokens)
+    prune(job, tmp_path / "pruned")
+    assert KEY in job.opened.checkpoint.config and KEY not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert read_policy(tmp_path / "pruned") is None
 
 
 def test_more_skipping_costs_more(mixtral: Model, tmp_path: Path) -> None:
