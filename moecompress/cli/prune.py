@@ -93,11 +93,9 @@ def print_steps(console: Any, steps: list[dict]) -> None:
     from rich.table import Table
 
     for step in steps:
-        kept, target = (next(iter(step["experts"].values()))[key] for key in ("kept", "target"))
-        table = Table("layer", "dropped", "merged into", "error of the experts' output",
-                      title=f"{step['step']['method']}: {len(kept)} experts a layer, of {len(target)}")  # fmt: skip
+        table = Table("layer", "dropped", "merged into", "error of the experts' output", title=_title(step))
         for layer, made in step["experts"].items():
-            kept, target = made["kept"], made["target"]
+            kept, target = made.get("kept", []), made.get("target", [])  # steps that keep all experts have neither
             dropped = [str(e) for e, new in enumerate(target) if new < 0]
             groups = {k: [str(e) for e, t in enumerate(target) if t == new and e != k] for new, k in enumerate(kept)}
             merged = "; ".join(f"{' '.join(members)} → {k}" for k, members in groups.items() if members)
@@ -106,3 +104,10 @@ def print_steps(console: Any, steps: list[dict]) -> None:
         row = step["heldout"]
         low, high = row["kl_interval_95"]
         console.print(f"on held-out text: KL {row['kl_mean']:.5f} nats to the original (95 %: {low:.5f} … {high:.5f})")
+
+
+def _title(step: dict) -> str:
+    said, first = step["step"], next(iter(step["experts"].values()))
+    if "kept" in first:
+        return f"{said['method']}: {len(first['kept'])} experts a layer, of {len(first['target'])}"
+    return ", ".join([said["method"], *(f"{name} {value}" for name, value in said.items() if name != "method")])
