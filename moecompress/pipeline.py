@@ -1,19 +1,17 @@
 """The story: a checkpoint and a byte budget in, a smaller checkpoint with its proof out.
 
-open → calibrate → plan → compress → compare with the uniform plan → write → load again and measure.
+open → fewer experts (prune.py), if asked for → calibrate → plan → compress, the plan and a uniform one → load again, measure
+and keep the better → tune skipping, if asked for → write.
 Every stage leaves its record in the work folder; a rerun with the same inputs goes on behind the last finished layer.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,83 +21,36 @@ import torch
 from moecompress.allocate.candidates import Unit, unit_id
 from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
-from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
-from moecompress.calibrate.observe import Calibration, observe
+from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
 from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
+from moecompress.job import Job, finish, identity, open_work, refuse_full_disk, refuse_target, work_folder
+from moecompress.job import make_job as make_job
 from moecompress.model.anatomy import EXPERT, Anatomy
-from moecompress.model.checkpoint import copy_companions, give_name, resolve, write_index, write_text
-from moecompress.model.skeleton import compute_dtype, load_tokenizer
+from moecompress.model.checkpoint import copy_companions, read_config, write_index, write_text
 from moecompress.model.walk import OpenModel
-from moecompress.pack.manifest import FOLDER, expert_bytes, fates, write_manifest
+from moecompress.pack.manifest import FOLDER, expert_bytes, fates
 from moecompress.pack.scheme import Scheme
 from moecompress.pack.size import shard_bytes
-from moecompress.progress import notice, say
-from moecompress.quantize.encode import Settings
+from moecompress.progress import notice
+from moecompress.prune import account, transformed, without_fates
 from moecompress.recipe import Recipe
+from moecompress.route.folder import choose, record_of, store
+from moecompress.route.frontier import Bench
 from moecompress.runtime.bank import bank_tensors
-from moecompress.runtime.loading import prepare, verify_files
+from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
-from moecompress.transform.shrink import WIDTH, size_of
-from moecompress.transform.slim import Slimming
-from moecompress.transform.slim import slim as thin
-from moecompress.transform.stage import Request, transform
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
-#: Memory for the Hessians and working copies of a chunk of experts, as a share of the largest layer; and at least.
-WORKSPACE_SHARE, WORKSPACE_LEAST = 0.125, 64 * 1024**2
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything the stages are functions of."""
-
-    folder: Path
-    recipe: Recipe
-    tokens: TokenBatches
-    trust_remote_code: bool = False
-    text: str = "builtin"
-    opened: OpenModel = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "opened", self.open())
-
-    def open(self) -> OpenModel:
-        """A fresh skeleton: compressing changes it, so every pass has its own."""
-        return OpenModel(self.folder, compute_dtype(self.folder, self.recipe.compute.dtype), self.trust_remote_code)
-
-    @property
-    def heldout(self) -> list[torch.Tensor]:
-        return list(split_heldout(self.tokens, self.recipe.calibration.heldout)[1].ids.split(1))
-
-    @property
-    def calibration(self) -> Calibration:
-        used, _ = split_heldout(self.tokens, self.recipe.calibration.heldout)
-        workspace = max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * self.opened.anatomy.largest_layer))
-        return Calibration(used.ids, used.mask, self.recipe.compute.micro_batch, self.recipe.quantize.hessian,
-                           self.recipe.quantize.shrink, workspace, self.text)  # fmt: skip
-
-    @property
-    def settings(self) -> Settings:
-        q = self.recipe.quantize
-        return Settings(q.method, q.damping, q.order, q.refine, q.allow_fallback, q.ternary, self.recipe.compute.seed)
-
-    @property
-    def schemes(self) -> list[Scheme]:
-        return [Scheme(c.bits, c.group, c.symmetric, c.code) for c in self.recipe.allocate.candidates]
-
-    def fingerprint(self) -> str:
-        parts = [FORMAT_VERSION, self.opened.checkpoint.fingerprint(), self.recipe.fingerprint(), self.tokens.fingerprint,
-                 str(self.opened.dtype), torch.__version__, torch.get_num_threads()]  # fmt: skip
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text."""
+    """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text. Plan and
+    statistics are of the model that transform steps left."""
 
     folder: Path | None
     plan: Plan
@@ -107,14 +58,6 @@ class Result:
     chosen: str = "plan"
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
-
-
-def make_job(model: str, recipe: Recipe, trust_remote_code: bool = False, tokens: TokenBatches | None = None) -> Job:
-    folder = resolve(model)
-    if tokens is None:
-        c = recipe.calibration
-        tokens = token_batches(load_tokenizer(folder, trust_remote_code), c.text, c.sequences, c.length, c.seed)
-    return Job(folder, recipe, tokens, trust_remote_code, recipe.calibration.text)
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -158,16 +101,18 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     """Compress ``job`` into the folder ``out``, which appears only when it is complete and verified."""
     refuse_target(out)
     work = work_folder(out)
+    refuse_no_target(job.recipe)
     open_work(work, job.fingerprint(), fresh)
+    job, steps = transformed(job, work)
     statistics = calibrate(job, work / "calibrate")
     chosen_plan, uniform = plan(job, statistics)
     if dry_run:
-        return Result(None, chosen_plan, statistics)
+        return Result(None, chosen_plan, statistics, manifest={"steps": without_fates(steps)} if steps else {})
     check_space(out, job, chosen_plan)
     plans = {"plan": chosen_plan}
     if job.recipe.allocate.compare == "uniform" and uniform.assignments() != chosen_plan.assignments():
         plans["uniform"] = uniform
-    reference = trace(job.open(), job.heldout, "original on held-out text")
+    reference = job.given.reference
     measured: dict[str, Divergence] = {}
     manifests = {}
     for label, each in plans.items():
@@ -184,9 +129,14 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         }
         if winner == "uniform":
             notice("the uniform plan measured better than the allocated one; it is the one that was written")
-    finish(work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}, out)
+    ready, manifest = work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}
+    if job.recipe.route.policy != "none":
+        manifest["routing"] = skipping(job, ready)
+    if steps:
+        manifest |= account(job, steps, manifest["tensors"])
+    finish(ready, manifest, out)
     shutil.rmtree(work)
-    return Result(out, plans[winner], statistics, winner, summaries, manifests[winner])
+    return Result(out, plans[winner], statistics, winner, summaries, manifest)
 
 
 def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: str) -> dict[str, Any]:
@@ -212,11 +162,10 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     write_text(records / "plan.json", chosen.to_json())
     write_text(records / "recipe.yaml", job.recipe.to_yaml())
     statistics.save(records)
-    weights = opened.anatomy.expert_weights
+    weights = job.given.opened.anatomy.expert_weights
     stored = expert_bytes(shards)
     return {
-        **_identity(job),
-        "input_bytes": opened.checkpoint.nbytes,
+        **identity(job),
         "total_bytes": sum(shard.stat().st_size for shard in shards),
         "expert_bytes": stored,
         "expert_weights": weights,
@@ -230,78 +179,23 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     }  # fmt: skip
 
 
-def prune(job: Job, request: Request, out: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Drop or merge experts of ``job``'s model; ``out``, an ordinary checkpoint, appears only when it is complete and verified.
+def skipping(job: Job, ready: Path) -> dict[str, Any]:
+    """Tune the recipe's routing policy on the calibration text for the folder ``ready``, and write it into config.json."""
+    wish, calibration = job.recipe.route, job.calibration
 
-    Returns its manifest. Of the recipe, calibration and compute count.
-    """
-    manifest = {
-        "method": request.method,
-        "keep": request.count,
-        "seed": request.seed,
-        "protected": [f"L{layer:02d}.E{expert:03d}" for layer, expert in request.protected],
-    }
-    made = partial(transform, job.open(), job.calibration, request)
-    # Experts have new numbers: which ones a token chose cannot be compared.
-    return _rewritten(job, made, request, manifest, out, fresh, without="router_agreement")
+    def opened() -> OpenModel:
+        return OpenModel(ready, job.opened.dtype, job.trust_remote_code, prepare=prepare(ready, skipping=False))
 
-
-def slim(job: Job, request: Slimming, out: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Make all experts of ``job``'s model thinner; otherwise as `prune`. Of the recipe, Hessians count, too."""
-    whole = size_of(job.opened, WIDTH)
-    manifest = {"method": "slim", **asdict(request), "width": whole}
-    return _rewritten(job, partial(thin, job.open(), job.calibration, request), request, manifest, out, fresh)
-
-
-def _rewritten(job: Job, make: Callable[..., dict[str, Any]], request: object, about: dict[str, Any], out: Path, fresh: bool,
-               without: str | None = None) -> dict[str, Any]:  # fmt: skip
-    """Let ``make`` (work, trust_remote_code) write an ordinary checkpoint; load it, compare it, and give it its name.
-
-    about: what the manifest says of the request. without: beginning of names of measures that make no sense.
-    """
-    refuse_target(out)
-    work = work_folder(out)
-    open_work(work, hashlib.sha256(f"{job.fingerprint()} {request}".encode()).hexdigest(), fresh)
-    reference = trace(job.open(), job.heldout, "original on held-out text")
-    ready = work / "out"
-    done = make(Work(ready, work / "state"), job.trust_remote_code)
-    smaller = OpenModel(ready, job.opened.dtype, job.trust_remote_code)
-    measured = compare(smaller, job.heldout, reference, "result on held-out text").summary()
-    (ready / FOLDER).mkdir(exist_ok=True)
-    manifest = {
-        **_identity(job),
-        "input_bytes": job.opened.checkpoint.nbytes,
-        "total_bytes": sum(shard.stat().st_size for shard in ready.glob("*.safetensors")),
-        **about,
-        "heldout": {key: value for key, value in measured.items() if without is None or not key.startswith(without)},
-        **done,
-    }
-    finish(ready, manifest, out)
-    shutil.rmtree(work)
-    return manifest
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    """What a manifest says about the input."""
-    anatomy = job.opened.anatomy
-    return {
-        "model": {"model_type": anatomy.model_type, "architecture": anatomy.architecture,
-                  "fingerprint": job.opened.checkpoint.config.get("_name_or_path") or job.folder.name},
-        "calibration": {"text": job.text, "tokens": int(job.calibration.mask.sum()), "fingerprint": job.tokens.fingerprint},
-        "compute_dtype": str(job.opened.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    bench = Bench(opened, job.heldout, trace(opened(), job.heldout, "compressed on held-out text"))
+    chosen, points = choose(bench, calibration.batches, calibration.mask, wish.policy, wish.skip, wish.max_kl, wish.renormalise)
+    store(read_config(ready), chosen.policy, ready)
+    after = load_and_measure(ready, job.heldout, job.given.reference, job.opened.dtype).summary()
+    return record_of(chosen, points) | {"after": after}
 
 
 def load_and_measure(folder: Path, batches: list[torch.Tensor], reference: Trace, dtype: torch.dtype) -> Divergence:
     """Load a written folder again, from its files alone, and compare it with the original."""
     return compare(OpenModel(folder, dtype, prepare=prepare(folder)), batches, reference, "compressed on held-out text")
-
-
-def finish(ready: Path, manifest: dict[str, Any], out: Path) -> None:
-    """Hash, verify, and only then give the folder its name."""
-    write_manifest(ready, manifest)
-    verify_files(ready)
-    give_name(ready, out)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -386,13 +280,19 @@ def expert_budget(job: Job, statistics: Statistics) -> int | None:
     """Bytes that the banks of all experts may take, indices excluded."""
     target, anatomy = job.recipe.target, job.opened.anatomy
     if target.bits is not None:
-        return int(target.bits * anatomy.expert_weights / 8) - index_bytes(anatomy)
+        return int(target.bits * job.given.opened.anatomy.expert_weights / 8) - index_bytes(anatomy)
     if target.size is not None:
         return target.size - fixed_bytes(job, statistics.schemes)
-    if job.recipe.allocate.allocator == "pmq" and job.recipe.allocate.layer_bits is not None:
-        return None
-    raise UserError("No target", expected="a size or a number of bits",
-                    remedy="pass --target-size 80MB or --target-bits 2.5, or put target.size or target.bits in the recipe")  # fmt: skip
+    refuse_no_target(job.recipe)
+    return None
+
+
+def refuse_no_target(recipe: Recipe) -> None:
+    own = recipe.allocate.allocator == "pmq" and recipe.allocate.layer_bits is not None
+    if recipe.target.bits is None and recipe.target.size is None and not own:
+        raise UserError("No target", expected="a size or a number of bits",
+                        remedy="pass --target-size 80MB or --target-bits 2.5, or put target.size or target.bits in the recipe"
+                        + ("; its transform steps alone are what `moecompress prune` does" if recipe.transform else ""))  # fmt: skip
 
 
 def fixed_bytes(job: Job, schemes: list[str]) -> int:
@@ -421,7 +321,7 @@ def too_small(job: Job, budget: int, least: int) -> UserError:
         smallest = target.size - budget + least
         return UserError("The target size cannot be reached", expected=f"at least {smallest:,} bytes with these candidates",
                          got=f"{target.size:,} bytes", remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
-    weights, extra = job.opened.anatomy.expert_weights, index_bytes(job.opened.anatomy)
+    weights, extra = job.given.opened.anatomy.expert_weights, index_bytes(job.opened.anatomy)
     return UserError("The target cannot be reached", expected=f"at least {8 * (least + extra) / weights:.4f} bits per expert weight",
                      got=target.bits, remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
 
@@ -436,44 +336,9 @@ def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
     )
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
-
-
-def refuse_target(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"The output folder {out} is not empty", expected="a new or empty folder",
-                        remedy="choose another -o, or remove it first")  # fmt: skip
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"Cannot write to {parent}", expected="write permission", remedy="choose another -o")
-
-
-def work_folder(out: Path) -> Path:
-    out = out.absolute()
-    return out.with_name(f".{out.name}.moecompress-work")
-
-
-def open_work(work: Path, fingerprint: str, fresh: bool) -> None:
-    """Keep the work of an earlier run only if it was of exactly this job."""
-    mark = work / "fingerprint"
-    if work.exists():
-        if not fresh and mark.exists() and mark.read_text() == fingerprint:
-            say("resuming the unfinished run found beside the output folder")
-            return
-        if not fresh:
-            notice("an unfinished run with other inputs was found beside the output folder; starting afresh")
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    write_text(mark, fingerprint)
-
-
 def check_space(out: Path, job: Job, chosen: Plan) -> None:
     """Refuse before the long part when the disk cannot hold the result and the state for resuming."""
     plans = 2 if job.recipe.allocate.compare == "uniform" else 1
     hidden = job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
-    needed = plans * (chosen.bytes + fixed_bytes(job, [])) + hidden
-    free = shutil.disk_usage(out.absolute().parent).free
-    if free < needed:
-        raise UserError("The disk is too full", expected=f"{needed:,} bytes free beside {out}", got=f"{free:,}",
-                        remedy="free space, choose another -o, or set allocate.compare=none")  # fmt: skip
+    refuse_full_disk(out, plans * (chosen.bytes + fixed_bytes(job, [])) + hidden,
+                     "free space, choose another -o, or set allocate.compare=none")  # fmt: skip

@@ -11,7 +11,7 @@ import json
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -94,7 +95,8 @@ class _Section(BaseModel):
 class TargetRecipe(_Section):
     """How large the result may be: ``bits`` or ``size``, or neither (then the command line must say)."""
 
-    #: stored bits per routed-expert weight: codes, scales and padding counted, original weights in the denominator
+    #: stored bits per routed-expert weight: codes, scales and padding counted, divided by the weights of the original
+    #: (3 bits with half of the experts dropped are 6 for each weight that is left)
     bits: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=16)] | None = None
     #: bytes of all weight files together, e.g. "14GB" or "14GiB"; after validation a number of bytes
     size: Annotated[int | None, BeforeValidator(_size_value)] = None
@@ -242,6 +244,109 @@ class QuantizeRecipe(_Section):
         return "1" if value == 1 and not isinstance(value, bool) else value
 
 
+def _expert_name(value: str) -> str:
+    expert_of(value)
+    return value
+
+
+def expert_of(name: str) -> tuple[int, int]:
+    """(layer, expert) of ``"L03.E017"``."""
+    found = re.fullmatch(r"L(\d+)\.E(\d+)", name)
+    if found is None:
+        raise ValueError(f"Not the name of an expert: {name!r}; write layer and expert, both from 0, e.g. L03.E017")
+    return int(found[1]), int(found[2])
+
+
+def _share_or_count(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("should be a share below 1, or a whole number of experts")
+    return value
+
+
+#: Experts that every layer keeps: a share below 1, or how many.
+Keep = Annotated[float, BeforeValidator(_no_bool), Field(gt=0), AfterValidator(_share_or_count)]
+
+
+class _Step(_Section):
+    """One step of ``transform``. Every kind of step is a subclass with its own ``method`` names (`Step`)."""
+
+    #: stop when the model after this step is further than this from the original: KL in nats a token, on held-out text.
+    #: At 2 nats text is some seven times as surprising to it: what comes out of the later stages would be of no use.
+    max_kl: Number | None = 2.0
+
+
+class DropStep(_Step):
+    """Leave experts out (see transform/methods.py for the methods)."""
+
+    method: Literal["reap", "ean", "frequency", "naee", "random"]
+    keep: Keep
+    #: experts that stay, e.g. [L03.E017], numbered as the step before leaves them
+    protect: tuple[Annotated[str, AfterValidator(_expert_name)], ...] = ()
+
+
+class MergeStep(_Step):
+    """Make one expert of several."""
+
+    method: Literal["m-smoe", "hc-smoe", "ream"]
+    keep: Keep
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_protection(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("protect"):
+            raise ValueError(f"{value.get('method')} merges experts and cannot protect some; reap, ean, frequency and naee can")
+        return value
+
+
+def _width_share_or_count(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("should be a share below 1, or a whole number of neurons")
+    return value
+
+
+class SlimStep(_Step):
+    """Make every expert thinner (see transform/slim.py)."""
+
+    method: Literal["slim"]
+    #: neurons that every expert keeps: a share below 1, or how many
+    width: Annotated[float, BeforeValidator(_no_bool), Field(gt=0), AfterValidator(_width_share_or_count)]
+    #: what neurons are kept by
+    score: Literal["greedy", "activation", "slimmoe", "random"] = "greedy"
+    #: refit each down matrix on its calibration activations
+    repair: bool = True
+
+
+#: The kinds of steps, told apart by their ``method``; what each of them does is in transform/steps.py.
+STEPS: tuple[type[_Step], ...] = (DropStep, MergeStep, SlimStep)
+Step = Annotated[DropStep | MergeStep | SlimStep, Field(discriminator="method")]
+
+
+def step_methods() -> dict[str, type[_Step]]:
+    """Name of a method -> the kind of step it is."""
+    return {name: kind for kind in STEPS for name in get_args(kind.model_fields["method"].annotation)}
+
+
+class RouteRecipe(_Section):
+    """Which of a token's chosen experts the result skips at run time (see `moecompress tune-routing`)."""
+
+    policy: Literal["none", "odp", "naee", "top-p", "modes"] = "none"
+    #: share of the expert calls to skip
+    skip: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] | None = None
+    #: instead: skip as many as cost at most this KL (nats a token, held-out text) to the same model waking all experts
+    max_kl: Number | None = None
+    #: do the experts left take over the weight of the skipped ones? null: as in the policy's paper
+    renormalise: bool | None = None
+
+    @model_validator(mode="after")
+    def _how_much(self) -> RouteRecipe:
+        given = sum(value is not None for value in (self.skip, self.max_kl))
+        if self.policy == "none" and given:
+            raise ValueError("skip and max_kl need a policy: odp, naee, top-p or modes")
+        if self.policy != "none" and given != 1:
+            raise ValueError(f"policy {self.policy} needs either skip or max_kl")
+        return self
+
+
 class ComputeRecipe(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #: sequences that go through a layer together
@@ -254,8 +359,22 @@ class Recipe(_Section):
     target: TargetRecipe = TargetRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     allocate: AllocateRecipe = AllocateRecipe()
+    #: steps that change the model's experts before it is quantized, in order
+    transform: tuple[Step, ...] = ()
     quantize: QuantizeRecipe = QuantizeRecipe()
+    route: RouteRecipe = RouteRecipe()
     compute: ComputeRecipe = ComputeRecipe()
+
+    @field_validator("transform", mode="before")
+    @classmethod
+    def _no_steps(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, list | tuple):
+            raise ValueError("should be a list of steps, such as [{method: reap, keep: 0.75}]")
+        return value or ()
+
+    def without_limits(self) -> Recipe:
+        """The same work: limits only decide whether it goes on."""
+        return self.model_copy(update={"transform": tuple(s.model_copy(update={"max_kl": None}) for s in self.transform)})
 
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON: equal for recipes that ask for the same, however they were written."""
@@ -320,23 +439,43 @@ def _validate(tree: dict[str, Any], where: Any) -> Recipe:
     raise UserError("\n".join(complaints))
 
 
+def step_from(options: dict[str, Any]) -> DropStep | MergeStep | SlimStep:
+    """One step, as the options of a command say it. Raises UserError."""
+    try:
+        return TypeAdapter(Step).validate_python(options)
+    except ValidationError as error:
+        complaints = [_complaint({**item, "loc": ("transform", 0, *item["loc"])}, None) for item in error.errors()]
+    raise UserError("\n".join(complaint.removeprefix("transform.0.") for complaint in complaints))
+
+
 def _complaint(item: Any, where: Any) -> str:
-    loc = tuple(part for part in item["loc"])
+    loc = item["loc"]
+    if loc[:1] == ("transform",) and len(loc) > 2 and loc[2] in step_methods():
+        loc = loc[:2] + loc[3:]  # pydantic names the kind of step on the way; the file does not
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        loc += ("method",)
+    place = "" if where is None else f"{where(loc)}: "
+    return place + _said(item, loc)
+
+
+def _said(item: Any, loc: tuple[Any, ...]) -> str:
     name = ".".join(map(str, loc))
     if item["type"] == "extra_forbidden":
-        return f"{where(loc)}: unknown key {name!r}; {_suggestion(loc)}"
+        return f"unknown key {name!r}; {_suggestion(loc, item['loc'])}"
+    if item["type"] == "union_tag_invalid":
+        return f"{name}: should be one of {', '.join(step_methods())}, got {item['ctx']['tag']!r}"
     said = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     said = said if item["type"] == "value_error" else f"should be {said}"
     shown = "" if isinstance(item["input"], dict | BaseModel) else f", got {item['input']!r}"
     if item["type"] == "model_type":
         said = "should be a section with keys: " + _keys(_model_at(loc))
-    if item["type"] == "missing":
+    if item["type"] in ("missing", "union_tag_not_found"):
         said, shown = "is missing", ""
-    return f"{where(loc)}: {name or 'recipe'}: {said}{shown}"
+    return f"{name or 'recipe'}: {said}{shown}"
 
 
-def _suggestion(loc: tuple[Any, ...]) -> str:
-    model = _model_at(loc[:-1])
+def _suggestion(loc: tuple[Any, ...], pydantic_loc: tuple[Any, ...]) -> str:
+    model = _model_at(pydantic_loc[:-1])
     key = str(loc[-1])
     near = difflib.get_close_matches(key, list(model.model_fields), 1, 0.6)
     elsewhere = [f"{section}.{key}" for section, field in Recipe.model_fields.items()
@@ -353,6 +492,8 @@ def _model_at(loc: tuple[Any, ...]) -> type[BaseModel]:
         return Recipe
     if "candidates" in loc:
         return CandidateRecipe
+    if loc[0] == "transform":
+        return step_methods().get(loc[2], _Step) if len(loc) > 2 else Recipe
     annotation = Recipe.model_fields[str(loc[0])].annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Recipe
 

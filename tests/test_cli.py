@@ -62,7 +62,7 @@ def calls(tiny_model: Path, packed_tiny: Path, quick: list[str], text_file: Path
         "export": [packed_tiny, "-o", folder / "dense"],
         "run": [packed_tiny, "--prompt", "The", "-n", 2],
         "report": [packed_tiny, "-o", folder / "report.html"],
-        "route": [packed_tiny, "-o", folder / "routed", "--text", text_file, *small, "--heldout", 1],
+        "tune-routing": [packed_tiny, "-o", folder / "routed", "--text", text_file, *small, "--heldout", 1],
         "bench": ["--shape", "64x64:4", "--bits", 4],
     }
 

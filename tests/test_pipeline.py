@@ -93,11 +93,12 @@ def test_transformers_measures_what_evaluate_printed(packed_tiny, tiny_model, te
     from transformers import AutoModelForCausalLM
 
     from moecompress.calibrate.data import token_batches
+    from moecompress.model.skeleton import load_tokenizer
 
     ran = moecompress("evaluate", packed_tiny, "--reference", tiny_model, "--text", text_file, "--sequences", 6, "--length", 48, "--json")
     assert ran.code == 0, ran.err
     printed = ran.json()
-    ids = token_batches(pipeline.load_tokenizer(tiny_model), str(text_file), 6, 48).ids
+    ids = token_batches(load_tokenizer(tiny_model), str(text_file), 6, 48).ids
     with torch.no_grad():
         p, q = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits.log_softmax(-1) for f in (tiny_model, packed_tiny))
     kl = (p.exp() * (p - q)).sum(-1)

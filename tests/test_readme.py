@@ -24,7 +24,7 @@ def test_every_command_is_shown() -> None:
     assert [name for name in COMMANDS if f"`moecompress {name}" not in README] == []
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"`moecompress ([a-z]+ [^`]*)`", README))))
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"`moecompress ([a-z-]+ [^`]*)`", README))))
 def test_options_exist(line: str) -> None:
     name, *words = line.split()
     command = get_command(app).commands[name]  # type: ignore[attr-defined]

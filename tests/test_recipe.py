@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from moecompress.allocate.candidates import Candidate
 from moecompress.errors import UserError
-from moecompress.recipe import Recipe, load_recipe, parse_size, recipe_from
+from moecompress.recipe import (
+    STEPS,
+    DropStep,
+    MergeStep,
+    Recipe,
+    RouteRecipe,
+    load_recipe,
+    parse_size,
+    recipe_from,
+    step_methods,
+)
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -61,7 +74,36 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
 
 
 def test_there_are_recipes() -> None:
-    assert {"demo", "balanced-3bit", "small-2bit", "mc-moe"} <= {path.stem for path in RECIPES}
+    general, papers = {"demo", "balanced-3bit", "small-2bit"}, {"mc-moe", "mc-moe-odp", "reap", "ream", "naee", "hc-smoe", "m-smoe"}
+    assert general | papers <= {path.stem for path in RECIPES}
+    for path in RECIPES:
+        if path.stem in papers:
+            header = path.read_text(encoding="utf-8").split("name:")[0]
+            assert "arXiv:" in header and "# What differs from the paper:\n" in header
+
+
+def test_names_are_those_of_the_code() -> None:
+    from moecompress.runtime.skipping import POLICIES
+    from moecompress.transform.methods import METHODS
+    from moecompress.transform.steps import RUN
+
+    assert set(STEPS) == set(RUN)
+    assert {name for name, kind in step_methods().items() if kind in (DropStep, MergeStep)} == set(METHODS)
+    assert set(get_args(RouteRecipe.model_fields["policy"].annotation)) == {"none", *POLICIES}
+
+
+def test_reading_recipes_needs_no_torch() -> None:
+    code = "import sys, moecompress.recipe; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_steps(tmp_path: Path) -> None:
+    path = written(tmp_path, "transform:\n  - {method: reap, keep: 0.75, protect: [L03.E017]}\n  - {method: ream, keep: 6, max_kl: null}\n")
+    recipe = load_recipe(path)
+    assert recipe.transform == (DropStep(method="reap", keep=0.75, protect=("L03.E017",)), MergeStep(method="ream", keep=6, max_kl=None))
+    assert recipe.without_limits() == load_recipe(written(tmp_path, recipe.to_yaml())).without_limits()
+    assert recipe.fingerprint() != load_recipe(path, ["transform=[]"]).fingerprint()
+    assert recipe.transform[0].max_kl == 2 and not recipe_from().transform
 
 
 def test_defaults() -> None:
@@ -111,6 +153,21 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers"),
         ("allocate: {allocator: pmq, granularity: layer}\n", "decides per expert"),
         ("quantize: {hessian: g3}\n", "'1', 'g' or 'g2'"),
+        ("transform: {method: reap, keep: 0.5}\n", ":1:1: transform: should be a list of steps"),
+        ("transform: [reap]\n", ":1:13: transform.0: should be"),
+        ("transform:\n  - {method: rap, keep: 3}\n", ":2:6: transform.0.method: should be one of reap, ean"),
+        ("transform:\n  - {keep: 3}\n", ":2:5: transform.0.method: is missing"),
+        ("transform:\n  - {method: reap}\n", ":2:5: transform.0.keep: is missing"),
+        ("transform:\n  - {method: ream, keep: 3}\n  - {method: reap, kep: 3}\n",
+         ":3:20: unknown key 'transform.1.kep'; did you mean 'transform.1.keep'?"),
+        ("transform: [{method: reap, keep: 1.5}]\n", ":1:28: transform.0.keep: should be a share below 1, or a whole"),
+        ("transform: [{method: reap, keep: true}]\n", "should be a number, not true"),
+        ("transform: [{method: reap, keep: 0.5, protect: [E3]}]\n", "transform.0.protect.0: Not the name of an expert: 'E3'"),
+        ("transform: [{method: ream, keep: 0.5, protect: [L00.E003]}]\n", "transform.0: ream merges experts and cannot protect"),
+        ("route: {policy: odp}\n", "policy odp needs either skip or max_kl"),
+        ("route: {policy: odp, skip: 0.1, max_kl: 0.1}\n", "policy odp needs either skip or max_kl"),
+        ("route: {skip: 0.1}\n", "skip and max_kl need a policy"),
+        ("route: {policy: odp, skip: 1}\n", ":1:22: route.skip: should be less than 1"),
         ("name: a\nname: b\n", ":2:1: key 'name' appears twice"),
         ("name: [\n", "not valid YAML"),
         ("- a\n", "not a recipe"),

@@ -70,7 +70,7 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path, tiny_model, text_file, un
 
 
 def test_other_inputs_start_afresh(tmp_path, tiny_model, text_file):
-    from moecompress.pipeline import open_work
+    from moecompress.job import open_work
 
     work = tmp_path / "work"
     open_work(work, "one", fresh=False)

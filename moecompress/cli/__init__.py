@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "calibrate": "calibrate",
     "plan": "plan",
     "quantize": "quantize",
-    "route": "route",
+    "tune-routing": "tune_routing",
     "prune": "prune",
     "slim": "slim",
     "evaluate": "evaluate",

@@ -30,10 +30,12 @@ def command(
         moecompress calibrate ./model -o stats --set calibration.sequences=256 --set calibration.length=2048
     """
     from moecompress import pipeline
-    from moecompress.cli.common import recipe_of
+    from moecompress.cli.common import recipe_of, refuse_steps
 
     pipeline.refuse_target(output)
-    job = pipeline.make_job(model, recipe_of(recipe, text=text, overrides=overrides), trust_remote_code)
+    made = recipe_of(recipe, text=text, overrides=overrides)
+    refuse_steps(made, "calibrate")
+    job = pipeline.make_job(model, made, trust_remote_code)
     work = pipeline.work_folder(output)
     pipeline.open_work(work, job.fingerprint(), fresh=False)
     statistics = pipeline.calibrate(job, work / "calibrate")

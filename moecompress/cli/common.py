@@ -65,6 +65,15 @@ def recipe_of(path: Path | None, size: str | None = None, bits: float | None = N
     return load_recipe(path, changes) if path is not None else recipe_from(changes)
 
 
+def refuse_steps(recipe: Recipe, command: str) -> None:
+    """For commands that look at one model, and do not make another first."""
+    if recipe.transform:
+        raise UserError(f"moecompress {command} does not run the recipe's transform steps", expected="a recipe without them",
+                        got=", ".join(step.method for step in recipe.transform),
+                        remedy="run `moecompress prune` with the recipe, then this on its result with --set transform=[]; or let "
+                        "`moecompress quantize --dry-run` do both")  # fmt: skip
+
+
 def print_json(record: Any) -> None:
     json.dump(record, sys.stdout, default=str)
     sys.stdout.write("\n")
@@ -77,14 +86,3 @@ def size_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
-
-
-def print_cost(record: dict[str, Any]) -> None:
-    """What an ordinary checkpoint made by us lost and weighs, from its manifest and its ``output``."""
-    from rich.console import Console
-
-    console, row = Console(highlight=False), record["heldout"]
-    low, high = row["kl_interval_95"]
-    console.print(f"on held-out text: KL {row['kl_mean']:.5f} nats (95 %: {low:.5f} … {high:.5f}), top-1 agreement "
-                  f"{row['top1_agreement']:.2%}, perplexity {row['perplexity']:.3f} (original {row['reference_perplexity']:.3f})")  # fmt: skip
-    console.print(f"{record['output']}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}")

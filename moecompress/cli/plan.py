@@ -74,7 +74,7 @@ def command(
         raise UserError("Nothing to plan for", expected="a model, or --from-factors FILE")
     from moecompress import pipeline
     from moecompress.calibrate.statistics import Statistics
-    from moecompress.cli.common import recipe_of
+    from moecompress.cli.common import recipe_of, refuse_steps
 
     changes = list(overrides or [])
     if allocator is not None:
@@ -83,9 +83,9 @@ def command(
         changes.append(f"allocate.layer_bits={layer_bits}")
     if allocator == "pmq":
         changes += [f"allocate.alpha={alpha}", f"allocate.beta={beta}", f"allocate.gamma={gamma}"]
-    job = pipeline.make_job(
-        model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code
-    )
+    made_recipe = recipe_of(recipe, target_size, target_bits, text, granularity, changes)
+    refuse_steps(made_recipe, "plan")
+    job = pipeline.make_job(model, made_recipe, trust_remote_code)
     if stats is not None:
         statistics = Statistics.load(stats)
         wanted = [scheme.name for scheme in job.schemes]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_cost, print_json
+from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_json, size_text
 from moecompress.errors import UserError
 
 
@@ -16,14 +15,18 @@ def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The new folder; must not exist or be empty.")],
     method: Annotated[
-        str,
-        typer.Option("--method", help="Drop by reap, ean, frequency, naee or random; merge by m-smoe, hc-smoe or ream."),
-    ] = "reap",
+        str | None,
+        typer.Option("--method", help="Drop by reap (default), ean, frequency, naee or random; merge by m-smoe, hc-smoe or ream."),
+    ] = None,
     keep: Annotated[
-        float, typer.Option("--keep", min=0, help="Experts that every layer keeps: a share below 1, or a number.")
-    ] = 0.5,
+        float | None,
+        typer.Option("--keep", min=0, help="Experts that every layer keeps: a share below 1 (default 0.5), or a number."),
+    ] = None,
     protect: Annotated[
         list[str] | None, typer.Option("--protect", help="An expert that must stay, e.g. L03.E017 (repeatable).")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", min=0, help="Stop if the result is further from the original: nats, default 2.")
     ] = None,
     text: Text = None,
     recipe: RecipeFile = None,
@@ -37,7 +40,8 @@ def command(
     Each layer is decided on what the changed layers before it deliver, then the whole is loaded again and compared with the
     original on held-out text. Calibrate on text like the model's use: what it does not show looks useless. The result can be
     quantized like any model. NAEE searches all subsets where they are few, else backward; m-smoe, hc-smoe and ream keep only
-    the router rows of the experts that others merge into.
+    the router rows of the experts that others merge into. A recipe's transform steps stand in for --method and its options;
+    `moecompress quantize` runs them too, before it quantizes.
 
     Examples:
 
@@ -45,18 +49,31 @@ def command(
 
         moecompress prune ./model -o six --method naee --keep 6 --protect L03.E007
 
-        moecompress prune ./model -o merged --method ream --keep 0.75 --json
+        moecompress prune ./model -o merged --recipe recipes/ream.yaml --json
     """
     from moecompress import pipeline
     from moecompress.cli.common import recipe_of
-    from moecompress.transform.stage import Request
+    from moecompress.progress import notice
+    from moecompress.prune import prune
+    from moecompress.recipe import step_from
 
     pipeline.refuse_target(output)
-    protected = tuple(_expert(name) for name in protect or [])
     made = recipe_of(recipe, text=text, overrides=overrides)
-    job = pipeline.make_job(model, made, trust_remote_code)
-    request = Request.of(job.opened, method, keep, protected, made.compute.seed)
-    record = pipeline.prune(job, request, output, fresh=not resume)
+    options: dict[str, Any] = {"method": method, "keep": keep, "protect": protect or None, "max_kl": max_kl}
+    options = {name: value for name, value in options.items() if value is not None}
+    if not made.transform:
+        made = made.model_copy(update={"transform": (step_from({"method": "reap", "keep": 0.5} | options),)})
+    elif options:
+        raise UserError("Steps from two sides", expected="a recipe with transform steps, or options",
+                        got="both: " + ", ".join(f"--{name.replace('_', '-')}" for name in options),
+                        remedy="leave the options out, or add --set transform=[]")  # fmt: skip
+    if made.route.policy != "none":
+        notice("the recipe's routing policy is for quantized models; here run `moecompress tune-routing` on the result")
+    show(prune(pipeline.make_job(model, made, trust_remote_code), output, fresh=not resume), output, json_)
+
+
+def show(record: dict, output: Path, json_: bool) -> None:
+    """What was done, but the fate of every tensor."""
     shown = {key: value for key, value in record.items() if key != "tensors"} | {"output": str(output)}
     if json_:
         print_json(shown)
@@ -64,24 +81,39 @@ def command(
         _print(shown)
 
 
-def _expert(name: str) -> tuple[int, int]:
-    found = re.fullmatch(r"L(\d+)\.E(\d+)", name)
-    if found is None:
-        raise UserError(f"Not the name of an expert: {name!r}", expected="layer and expert, both from 0, e.g. L03.E017")
-    return int(found[1]), int(found[2])
-
-
 def _print(record: dict) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("layer", "dropped", "merged into", title=f"{record['method']}: {record['keep']} experts a layer")
-    for layer, made in record["experts"].items():
-        kept, target = made["kept"], made["target"]
-        dropped = [str(e) for e, new in enumerate(target) if new < 0]
-        groups = {k: [str(e) for e, t in enumerate(target) if t == new and e != k] for new, k in enumerate(kept)}
-        merged = "; ".join(f"{' '.join(members)} → {k}" for k, members in groups.items() if members)
-        table.add_row(layer, " ".join(dropped) or "–", merged or "–")
-    console.print(table)
-    print_cost(record)
+    print_steps(console, record["steps"])
+    row = record["heldout"]
+    console.print(f"top-1 agreement {row['top1_agreement']:.2%}, perplexity {row['perplexity']:.3f} (original "
+                  f"{row['reference_perplexity']:.3f})")  # fmt: skip
+    console.print(f"{record['output']}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}")
+
+
+def print_steps(console: Any, steps: list[dict]) -> None:
+    """What became of the experts of every layer, and what each step cost."""
+    from rich.table import Table
+
+    for step in steps:
+        table = Table("layer", "dropped", "merged into", "error of the experts' output", title=_title(step))
+        for layer, made in step["experts"].items():
+            target = made.get("target", [])  # steps that keep all experts have none
+            kept = made["kept"] if target else []
+            dropped = [str(e) for e, new in enumerate(target) if new < 0]
+            groups = {k: [str(e) for e, t in enumerate(target) if t == new and e != k] for new, k in enumerate(kept)}
+            merged = "; ".join(f"{' '.join(members)} → {k}" for k, members in groups.items() if members)
+            table.add_row(layer, " ".join(dropped) or "–", merged or "–", f"{made['output_error']:.1%}")
+        console.print(table)
+        row = step["heldout"]
+        low, high = row["kl_interval_95"]
+        console.print(f"on held-out text: KL {row['kl_mean']:.5f} nats to the original (95 %: {low:.5f} … {high:.5f})")
+
+
+def _title(step: dict) -> str:
+    said, first = step["step"], next(iter(step["experts"].values()))
+    if "target" in first:
+        return f"{said['method']}: {len(first['kept'])} experts a layer, of {len(first['target'])}"
+    others = {name: f"{value:g}" if isinstance(value, float) else value for name, value in said.items() if name != "method"}
+    return ", ".join([said["method"], *(f"{name} {value}" for name, value in others.items())])

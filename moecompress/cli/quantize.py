@@ -21,6 +21,7 @@ from moecompress.cli.common import (
     print_json,
     size_text,
 )  # fmt: skip
+from moecompress.cli.prune import print_steps
 
 
 def command(
@@ -44,6 +45,8 @@ def command(
 
     Calibrates, allocates bits to every expert matrix, quantizes layer by layer with one layer in memory, compares the plan
     with a uniform one of the same bytes on held-out text and keeps the better, then loads the result again and measures it.
+    A recipe may have experts dropped or merged before (transform), and have some skipped at run time (route): size and bits
+    are of the final result, and all is measured against the original.
     The output folder appears only when it is complete and verified. Killed? Run the same command again.
 
     Examples:
@@ -53,6 +56,8 @@ def command(
         moecompress quantize ./model -o out --target-bits 2.5 --text corpus.jsonl
 
         moecompress quantize ./model -o out --recipe recipes/small-2bit.yaml --set quantize.hessian=g --dry-run
+
+        moecompress quantize ./model -o out --recipe recipes/reap.yaml --target-size 8GB
     """
     from moecompress import pipeline
     from moecompress.cli.common import recipe_of
@@ -80,7 +85,7 @@ def summary(result) -> dict:
         "measured": result.measured,
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in result.statistics.unreached()],
     }
-    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks"):
+    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "routing"):
         record[key] = manifest.get(key)
     return record
 
@@ -90,6 +95,7 @@ def _print(result, record: dict) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    print_steps(console, record["steps"] or [])
     console.print(result.plan.table())
     if result.folder is None:
         console.print("dry run: nothing was written")
@@ -113,7 +119,11 @@ def _print(result, record: dict) -> None:
                           f"{row['reference_perplexity']:.3f}")  # fmt: skip
     console.print(table)
     console.print(f"{result.folder}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}, "
-                  f"{record['bits_per_weight']:.3f} bits per expert weight, everything counted")  # fmt: skip
+                  f"{record['bits_per_weight']:.3f} bits per expert weight{' of the original' if record['steps'] else ''}, everything counted")  # fmt: skip
+    if record["routing"]:
+        skips, after = record["routing"], record["routing"]["after"]
+        console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "
+                      f"the original, perplexity {after['perplexity']:.3f}")  # fmt: skip
     if record["fallbacks"]:
         console.print(
             f"[yellow]rounded to nearest because their Hessian failed:[/yellow] {', '.join(record['fallbacks'])}"

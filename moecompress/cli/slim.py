@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_cost, print_json
+from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust
 
 
 def command(
@@ -22,6 +22,9 @@ def command(
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Refit each down matrix on its calibration activations.")
     ] = True,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", min=0, help="Stop if the result is further from the original: nats, default 2.")
+    ] = None,
     text: Text = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
@@ -48,31 +51,15 @@ def command(
     """
     from moecompress import pipeline
     from moecompress.cli.common import recipe_of
-    from moecompress.transform.slim import Slimming
+    from moecompress.cli.prune import show
+    from moecompress.errors import UserError
+    from moecompress.prune import prune
+    from moecompress.recipe import step_from
 
     pipeline.refuse_target(output)
     made = recipe_of(recipe, text=text, overrides=overrides)
-    job = pipeline.make_job(model, made, trust_remote_code)
-    request = Slimming.of(job.opened, score, width, repair, made.quantize.damping, made.compute.seed)
-    record = pipeline.slim(job, request, output, fresh=not resume)
-    shown = {key: value for key, value in record.items() if key != "tensors"} | {"output": str(output)}
-    if json_:
-        print_json(shown)
-    else:
-        _print(shown)
-
-
-def _print(record: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table("layer", "mean error", "largest error", "without tokens",
-                  title=f"slim: {record['count']} of {record['width']} neurons, score {record['score']}"
-                  + ("" if record["repair"] else ", not repaired"))  # fmt: skip
-    for layer, made in record["experts"].items():
-        error, worst = made["error"], max(range(len(made["error"])), key=made["error"].__getitem__)
-        table.add_row(layer, f"{sum(error) / len(error):.3f}", f"{error[worst]:.3f} (expert {worst})", str(made["tokens"].count(0)))
-    console.print(table)
-    console.print("error: of the experts' outputs on calibration tokens, squared, relative to their squared size")
-    print_cost(record)
+    if made.transform:
+        raise UserError("The recipe has transform steps of its own", remedy="run `moecompress prune` with it, or add --set transform=[]")
+    options = {"method": "slim", "width": width, "score": score, "repair": repair} | ({} if max_kl is None else {"max_kl": max_kl})
+    made = made.model_copy(update={"transform": (step_from(options),)})
+    show(prune(pipeline.make_job(model, made, trust_remote_code), output, fresh=not resume), output, json_)

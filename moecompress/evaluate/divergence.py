@@ -29,10 +29,12 @@ BOOTSTRAP = 1000
 
 @dataclass(frozen=True)
 class Trace:
-    """What is kept of a run of the original: inputs of the head, one [B, L, d] a batch, and chosen experts by layer."""
+    """What is kept of a run of the original: inputs of the head, one [B, L, d] a batch, chosen experts by layer, and how
+    many experts each layer has."""
 
     hidden: list[torch.Tensor]
     chosen: dict[int, torch.Tensor]  # int16 [T, k]
+    experts: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Divergence:
     agree: torch.Tensor  # bool [N, L] same most likely token
     nll: torch.Tensor  # [N, L - 1]
     reference_nll: torch.Tensor  # [N, L - 1]
-    router: dict[int, float]  # layer -> mean Jaccard of chosen experts
+    router: dict[int, float]  # layer -> mean Jaccard of chosen experts; no layer whose experts have other numbers now
 
     def summary(self) -> dict[str, Any]:
         low, high = bootstrap(self.kl.mean(1))
@@ -74,7 +76,7 @@ def trace(opened: OpenModel, batches: Sequence[torch.Tensor], label: str = "orig
     for _, tail in _walk(opened, batches, chosen, label):
         with _head(opened, keep):
             tail()
-    return Trace(hidden, chosen)
+    return Trace(hidden, chosen, _experts(opened))
 
 
 @torch.no_grad()
@@ -91,8 +93,13 @@ def compare(
         compressed, uncompressed = logits.chunk(2)
         parts.append(_tokens(compressed, uncompressed, batches[lane]))
     kl, agree, nll, reference_nll = (torch.cat(column) for column in zip(*parts, strict=True))
-    router = {layer: jaccard(chosen[layer], reference.chosen[layer]) for layer in chosen}
+    same = [layer for layer, experts in _experts(opened).items() if experts == reference.experts[layer]]
+    router = {layer: jaccard(chosen[layer], reference.chosen[layer]) for layer in same}
     return Divergence(kl, agree, nll, reference_nll, router)
+
+
+def _experts(opened: OpenModel) -> dict[int, int]:
+    return {layer: moe.layout.experts for layer, moe in opened.anatomy.moe.items()}
 
 
 def bootstrap(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:

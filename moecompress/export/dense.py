@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
+from moecompress.job import refuse_target, work_folder
 from moecompress.model.checkpoint import copy_companions, give_name, write_index, write_shard, write_text
 from moecompress.model.experts import parameters_from
 from moecompress.model.skeleton import build_skeleton, load_config, stored_names
 from moecompress.model.walk import OpenModel
-from moecompress.pipeline import refuse_target, work_folder
 from moecompress.progress import track
 from moecompress.runtime.loading import is_packed, prepare, verify_files
 from moecompress.runtime.packed import PackedExperts, PackedLinear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from moecompress.model.checkpoint import read_header, sha256_file, write_text
 VERSION = 1
 FOLDER = "moecompress"
 MANIFEST = "manifest.json"
+#: The fate of a tensor that the output has nothing of.
+LEFT_OUT = "left out"
 
 
 def fates(anatomy: Anatomy, schemes: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -28,6 +30,27 @@ def fates(anatomy: Anatomy, schemes: dict[str, str]) -> dict[str, dict[str, Any]
             fate |= {"fate": "quantized", "into": f"{linear}.packed", "scheme": schemes[linear]}
         else:
             fate["fate"] = "kept"
+        result[info.name] = fate
+    return result
+
+
+def fates_through(anatomy: Anatomy, steps: Sequence[dict[str, dict[str, Any]]], last: dict[str, dict[str, Any]] | None = None
+                  ) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Fates of the input's tensors through several stages, each given as the fates of what it was handed.
+
+    ``steps``: those that made a smaller model; ``last``: quantizing it (None: it was not). A tensor of an expert that a step
+    changed is in the layer's packed experts; which of them, if any, is in the steps' maps of experts.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for info in anatomy.tensors:
+        words = [step[info.name]["fate"] for step in steps if info.name in step]
+        changed = [word for word in words if word != "kept"]
+        fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes, "fate": changed[0] if changed else "kept"}
+        if last is not None and not changed:
+            fate = last[info.name]
+        elif last is not None and info.role == EXPERT and changed[0] != LEFT_OUT:
+            module = info.target.rpartition(".")[0]
+            fate |= {"fate": f"{changed[0]}, quantized", "into": f"{module}.packed"}
         result[info.name] = fate
     return result
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from moecompress.prune import worst_layer
 from moecompress.report import plots
 from moecompress.report.records import Records, errors_by_layer, experts_by_layer, fates_by_role, points, uniform_total
 
@@ -38,6 +39,8 @@ def content(records: Records) -> dict[str, Any]:
         "recipe": records.recipe,
         "chosen": heldout[manifest["chosen"]],
         "measured": measured,
+        "steps": [step | {"worst": worst_layer(step)} for step in manifest.get("steps", [])],
+        "routing": manifest.get("routing"),
         "difference": heldout.get("plan_minus_uniform"),
         "sizes": {"plan": manifest["total_bytes"], "uniform": uniform_total(records)},
         "evaluations": records.evaluations,

@@ -108,12 +108,23 @@ def skipped(policy: str, seen: dict[str, Seen], thresholds: dict[str, float]) ->
     return count / sum(one.weights.numel() for one in seen.values())
 
 
-def _threshold(policy: str, seen: dict[str, Seen], share: float) -> float:
-    none, most = 0.0, 1.0
+def most_share(policy: str, seen: dict[str, Seen]) -> float:
+    """The largest share that `tune` can skip."""
+    groups = [{name: one} for name, one in seen.items()] if policy in BY_LAYER else [seen]
+    return min(skipped(policy, group, dict.fromkeys(group, _ends(policy, group)[1])) for group in groups)
+
+
+def _ends(policy: str, seen: dict[str, Seen]) -> tuple[float, float]:
+    """The thresholds that skip nothing, and as much as the policy can."""
     if policy == "top-p":
-        none, most = 1.0, 0.0
-    elif policy == "modes":
-        most = 1.01 * max(one.importance * float(one.weights.max()) for one in seen.values())
+        return 1.0, 0.0
+    if policy == "modes":
+        return 0.0, 1.01 * max(one.importance * float(one.weights.max()) for one in seen.values())
+    return 0.0, 1.0
+
+
+def _threshold(policy: str, seen: dict[str, Seen], share: float) -> float:
+    none, most = _ends(policy, seen)
 
     def found(threshold: float) -> float:
         return skipped(policy, seen, dict.fromkeys(seen, threshold))

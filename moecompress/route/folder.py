@@ -5,31 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from moecompress.calibrate.data import TokenBatches, split_heldout, token_batches
+from moecompress.errors import UserError
 from moecompress.evaluate.divergence import compare, trace
+from moecompress.job import finish, refuse_target, work_folder
 from moecompress.model.checkpoint import INDEX, Checkpoint, copy_companions, give_name, resolve, write_text
 from moecompress.model.skeleton import compute_dtype, load_tokenizer
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, MANIFEST, read_manifest
-from moecompress.pipeline import finish, refuse_target, work_folder
-from moecompress.route.calibrate import observe, tune
+from moecompress.route.calibrate import observe
+from moecompress.route.frontier import Bench, Point, by_harm, by_share, speeds
 from moecompress.runtime.loading import prepare, verify_files
-from moecompress.runtime.skipping import KEY, Policy, apply
+from moecompress.runtime.skipping import KEY, Policy
 
 
-def route(model: str, output: Path, policy: str, share: float, text: str = "builtin", sequences: int = 32, length: int = 512,
-          heldout: int = 8, renormalise: bool | None = None, reference: str | None = None, dtype: str = "auto",
-          trust_remote_code: bool = False, tokens: TokenBatches | None = None) -> dict[str, Any]:  # fmt: skip
-    """See `moecompress route --help`. ``tokens``: instead of ``text``. KL is of ``reference`` (the model itself, waking all
-    experts, if None) ‖ model, in nats."""
+def route(model: str, output: Path, policy: str, share: float | None = None, text: str = "builtin", sequences: int = 32,
+          length: int = 512, heldout: int = 8, renormalise: bool | None = None, reference: str | None = None, dtype: str = "auto",
+          trust_remote_code: bool = False, tokens: TokenBatches | None = None, max_kl: float | None = None,
+          speed: bool = False) -> dict[str, Any]:  # fmt: skip
+    """See `moecompress tune-routing --help`. ``tokens``: instead of ``text``. KL is of ``reference`` (the model itself,
+    waking all experts, if None) ‖ model, in nats. ``speed``: load the model and time it at every point of the curve."""
     refuse_target(output)
     folder = resolve(model)
     verify_files(folder)
@@ -42,35 +44,46 @@ def route(model: str, output: Path, policy: str, share: float, text: str = "buil
     def opened(where: Path) -> OpenModel:
         return OpenModel(where, precision, trust_remote_code, prepare=prepare(where, skipping=False))
 
-    tuned = tune(policy, observe(opened(folder), used.ids.split(1), used.mask, weigh=policy == "modes"), share, renormalise)
     batches = list(unseen.ids.split(1))
     known = trace(opened(original), batches, "all experts on held-out text")
-    measured: dict[str, Any] = {}
-    if reference is not None:
-        measured["before"] = compare(opened(folder), batches, known, "before").summary()
-    routed = opened(folder)
-    apply(routed.model, tuned)
-    counts = counting(routed.model)
-    measured["after"] = compare(routed, batches, known, "skipping").summary()
-    measured["skipped"] = sum(skipped for skipped, _ in counts) / sum(calls for _, calls in counts)
-    write(folder, output, tuned, measured)
-    return {"output": str(output), "policy": policy, "renormalise": tuned.renormalise, "calibration_skipped": tuned.skip,
-            **measured, "thresholds": {name: rule.threshold for name, rule in tuned.layers.items()}}  # fmt: skip
+    before: dict[str, Any] = {} if reference is None else {"before": compare(opened(folder), batches, known, "before").summary()}
+    bench = Bench(partial(opened, folder), batches, known)
+    chosen, points = choose(bench, used.ids.split(1), used.mask, policy, share, max_kl, renormalise)
+    record = record_of(chosen, points) | before
+    write(folder, output, chosen.policy, record)
+    start = {"skipped": 0.0, "calibration_skipped": 0.0, "kl_mean": before["before"]["kl_mean"] if before else 0.0}
+    curve = [start, *record["curve"]]
+    if speed:
+        found = speeds(folder, [point.policy for point in points], unseen.ids[0], trust_remote_code)
+        curve = [row | {"tokens_per_second": rate} for row, rate in zip(curve, found, strict=True)]
+    thresholds = {name: rule.threshold for name, rule in chosen.policy.layers.items()}
+    return {"output": str(output), **record, "curve": curve, "thresholds": thresholds}
 
 
-def counting(model: nn.Module) -> list[tuple[int, int]]:
-    """A list that grows by (skipped pairs, all pairs) with every call of experts that skip."""
-    counts: list[tuple[int, int]] = []
+def choose(bench: Bench, batches: Sequence[torch.Tensor], mask: torch.Tensor, policy: str, share: float | None,
+           max_kl: float | None, renormalise: bool | None) -> tuple[Point, list[Point]]:  # fmt: skip
+    """Tune ``policy`` on token ids ``batches`` (``mask``: those that count) for a share or, without one, for a KL."""
+    if (share is None) == (max_kl is None):
+        raise UserError("How much may be skipped?", expected="a share (--skip) or a divergence (--max-kl)",
+                        got="neither" if share is None else "both")  # fmt: skip
+    seen = observe(bench.opened(), batches, mask, weigh=policy == "modes")
+    if max_kl is not None:
+        return by_harm(bench, policy, seen, max_kl, renormalise)
+    assert share is not None
+    return by_share(bench, policy, seen, share, renormalise)
 
-    def counted(skip: Callable, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        left, new = skip(chosen, weights)
-        counts.append((int((left < 0).sum()), left.numel()))
-        return left, new
 
-    for module in model.modules():
-        if "skipping" in module.__dict__:
-            module.__dict__["skipping"] = partial(counted, module.__dict__["skipping"])
-    return counts
+def record_of(chosen: Point, points: Sequence[Point]) -> dict[str, Any]:
+    """What a manifest keeps: nothing in it depends on when it was measured."""
+    return {
+        "policy": chosen.policy.policy, "renormalise": chosen.policy.renormalise, "calibration_skipped": chosen.policy.skip,
+        "skipped": chosen.skipped, "after": chosen.divergence, "curve": [point.row() for point in points],
+    }  # fmt: skip
+
+
+def store(config: dict[str, Any], policy: Policy, folder: Path) -> None:
+    """``config`` with ``policy`` in it, as the config.json of ``folder``."""
+    write_text(folder / "config.json", json.dumps(config | {KEY: policy.model_dump()}, indent=2))
 
 
 def write(folder: Path, output: Path, policy: Policy, measured: dict[str, Any]) -> None:
@@ -86,7 +99,7 @@ def write(folder: Path, output: Path, policy: Policy, measured: dict[str, Any]) 
         shutil.copyfile(folder / INDEX, work / INDEX)
     if (folder / FOLDER).is_dir():
         shutil.copytree(folder / FOLDER, work / FOLDER)
-    write_text(work / "config.json", json.dumps(checkpoint.config | {KEY: policy.model_dump()}, indent=2))
+    store(checkpoint.config, policy, work)
     if (folder / FOLDER / MANIFEST).exists():
         finish(work, read_manifest(folder) | {"routing": measured}, output)
         return

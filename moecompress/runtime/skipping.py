@@ -144,7 +144,7 @@ def parse(record: Any) -> Policy:
         first = error.errors()[0]
         where = ".".join(map(str, (KEY, *first["loc"])))
         raise UserError("The routing policy is damaged", expected=f"{where}: {first['msg']}", got=repr(first["input"])[:80],
-                        remedy="make the folder again with `moecompress route`") from None  # fmt: skip
+                        remedy="make the folder again with `moecompress tune-routing`") from None  # fmt: skip
 
 
 def read_policy(folder: Path) -> Policy | None:
@@ -165,7 +165,7 @@ def _rules(model: nn.Module, policy: Policy) -> dict[str, Rule]:
 
     def other(expected: str, got: object) -> UserError:
         return UserError("The routing policy was made for another model", expected=expected, got=got,
-                         remedy="tune the policy on this model with `moecompress route`")  # fmt: skip
+                         remedy="tune the policy on this model with `moecompress tune-routing`")  # fmt: skip
 
     def pattern(name: str) -> str:
         return re.sub(r"\d+", "#", name)

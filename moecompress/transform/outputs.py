@@ -77,3 +77,19 @@ def mean_outputs(module: nn.Module, layout: ExpertsLayout, x: torch.Tensor) -> t
 def sample(capture: Capture, most: int) -> torch.Tensor:
     """At most ``most`` of the tokens that count, evenly spread: int64 [T]."""
     return spread(capture.keep.nonzero().flatten(), most)
+
+
+class Given:
+    """What the experts of a layer together give for a sample of its tokens, to compare with what they give once changed."""
+
+    def __init__(self, module: nn.Module, capture: Capture):
+        self.tokens = sample(capture, PART)
+        self.output = self._of(module, capture)
+
+    def error(self, module: nn.Module, capture: Capture) -> float:
+        """‖new − old‖ / ‖old‖ of the same tokens; ``capture``: of the changed layer on the same inputs."""
+        return float((self._of(module, capture) - self.output).norm() / self.output.norm().clamp_min(1e-30))
+
+    def _of(self, module: nn.Module, capture: Capture) -> torch.Tensor:
+        """float64 [T, d], with the capture's choices and weights."""
+        return module(*(part[self.tokens] for part in (capture.hidden, capture.chosen, capture.weights))).double()

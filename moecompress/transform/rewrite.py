@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecompress.calibrate.capture import Capture
+from moecompress.calibrate.capture import Capture, recording
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.compress import Work, capture_layer, write_rest
 from moecompress.errors import UserError
@@ -18,7 +18,9 @@ from moecompress.model.anatomy import IGNORED, MoELayer
 from moecompress.model.checkpoint import write_index, write_shard
 from moecompress.model.skeleton import release, stored_names
 from moecompress.model.walk import OpenModel, Walk
+from moecompress.pack.manifest import LEFT_OUT
 from moecompress.progress import track
+from moecompress.transform.outputs import Given
 from moecompress.transform.shrink import Smaller, shrink
 
 
@@ -54,7 +56,8 @@ def rewrite(opened: OpenModel, calibration: Calibration, field: str, count: int,
     """Write a whole checkpoint with ``count`` experts or neurons (``field``) to ``work.shards``; returns what became of every
     expert and tensor. fate: what is told of a tensor that became smaller.
 
-    Finished layers are kept in ``work`` and not done again.
+    Finished layers are kept in ``work`` and not done again. The record of every layer has ``output_error``, how far what the
+    experts give is from before.
     """
     work.make()
     smaller = shrink(opened, field, count, work.shards, trust_remote_code)
@@ -66,10 +69,10 @@ def rewrite(opened: OpenModel, calibration: Calibration, field: str, count: int,
         with Walk(opened, calibration.batches) as walk:
             start = walk.restore(work.state)
             for layer in track(walk.layers(start), label, total - start):
-                record = _rewrite_layer(walk, smaller, layer, calibration, change, work)
+                record, outputs = _rewrite_layer(walk, smaller, layer, calibration, change, work)
                 work.keep_record(layer, record)
                 if layer < total - 1:
-                    walk.hand_on([walk.run(lane) for lane in range(len(walk.waiting))], work.state)
+                    walk.hand_on(outputs, work.state)
     write_index(work.shards, sorted(work.shards.glob("model-*.safetensors")))
     return {
         "config_keys": smaller.keys,
@@ -79,26 +82,37 @@ def rewrite(opened: OpenModel, calibration: Calibration, field: str, count: int,
 
 
 def _rewrite_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Calibration, change: Change,
-                   work: Work) -> dict[str, Any]:  # fmt: skip
-    """Decide, write the layer's shard, and let the walk go on with the smaller layer. Returns what is told of its experts."""
+                   work: Work) -> tuple[dict[str, Any], list[Any]]:  # fmt: skip
+    """Decide, write the layer's shard, and run the smaller layer: what is told of its experts, and its outputs."""
     opened = walk.opened
     tensors = {
         info.name: opened.checkpoint.read(info.name)
         for info in opened.anatomy.of_layer(layer)
         if info.target not in smaller.axes
     }
-    record: dict[str, Any] = {}
     moe = opened.anatomy.moe.get(layer)
-    if moe is not None:
+    if moe is None:
+        record: dict[str, Any] = {}
+        outputs = _run(walk)
+    else:
         site = Site(opened, smaller, moe, capture_layer(walk, moe, calibration), calibration)
         changed, record = change(site)
+        before = Given(site.module, site.capture)
         if missed := sorted(site.tensors.keys() - changed.keys()):
             raise UserError(f"{missed[0]} is a part of experts that moecompress does not know", expected="matrices and biases",
                             remedy="this architecture is not supported yet")  # fmt: skip
         tensors |= _on_disk(opened, smaller, changed)
         _replace_layer(opened, smaller, layer, changed)
+        module = site.module  # the smaller one
+        with recording(opened.model.get_submodule(moe.module.rpartition(".")[0]), module) as recorder:
+            outputs = _run(walk)
+        record["output_error"] = before.error(module, recorder.capture(calibration.mask))
     write_shard(work.layer_shard(layer, len(opened.layers)), tensors)
-    return record
+    return record, outputs
+
+
+def _run(walk: Walk) -> list[Any]:
+    return [walk.run(lane) for lane in range(len(walk.waiting))]
 
 
 def _on_disk(opened: OpenModel, smaller: Smaller, changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -133,7 +147,7 @@ def _fates(opened: OpenModel, smaller: Smaller, fate: str) -> dict[str, dict[str
         info.name: {
             "role": info.role,
             "bytes": info.nbytes,
-            "fate": "left out" if info.role == IGNORED else fate if info.target in smaller.axes else "kept",
+            "fate": LEFT_OUT if info.role == IGNORED else fate if info.target in smaller.axes else "kept",
         }
         for info in opened.anatomy.tensors
     }

@@ -21,7 +21,9 @@ from moecompress.model.checkpoint import copy_companions, write_text
 from moecompress.model.experts import find_experts, layout_of
 from moecompress.model.skeleton import build_skeleton, load_config
 from moecompress.model.walk import OpenModel
+from moecompress.progress import notice
 from moecompress.runtime import seam
+from moecompress.runtime.skipping import KEY
 
 #: What may become smaller: a field of ExpertsLayout -> its name in messages.
 EXPERTS, WIDTH = "experts", "width"
@@ -84,8 +86,12 @@ def shrink(opened: OpenModel, field: str, count: int, folder: Path, trust_remote
     copy_companions(opened.checkpoint.folder, folder)
     whole = size_of(opened, field)
 
+    kept = dict(opened.checkpoint.config)
+    if field == EXPERTS and kept.pop(KEY, None):
+        notice("the model's routing policy was tuned for more experts and is left out; see `moecompress tune-routing`")
+
     def build(numbers: Mapping[str, int]) -> PreTrainedModel:
-        config = reduce(lambda done, key: _with(done, key, numbers[key]), numbers, opened.checkpoint.config)
+        config = reduce(lambda done, key: _with(done, key, numbers[key]), numbers, kept)
         write_text(folder / "config.json", json.dumps(config, indent=2))
         loaded = load_config(folder, trust_remote_code)
         loaded.dtype = loaded.get_text_config().dtype = opened.dtype

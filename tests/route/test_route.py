@@ -18,14 +18,16 @@ from transformers.integrations import moe as hf_moe
 
 import moecompress.route as route
 from moecompress import pipeline
-from moecompress.calibrate.data import TokenBatches
+from moecompress.calibrate.data import TokenBatches, split_heldout
 from moecompress.errors import UserError
 from moecompress.export.dense import export
 from moecompress.model.experts import resolve
 from moecompress.model.walk import OpenModel
-from moecompress.route.calibrate import Seen, observe, tune
-from moecompress.route.folder import counting
+from moecompress.prune import prune
+from moecompress.recipe import step_from
+from moecompress.route.calibrate import Seen, most_share, observe, tune
 from moecompress.route.folder import route as route_folder
+from moecompress.route.frontier import counting
 from moecompress.runtime import loading
 from moecompress.runtime.packed import PackedBank, PackedExperts
 from moecompress.runtime.skipping import KEY, Policy, read_policy
@@ -220,18 +222,63 @@ def test_quantizing_keeps_the_policy(mixtral: Model, tmp_path: Path) -> None:
     assert sum(n for n, _ in counts) / sum(n for _, n in counts) == pytest.approx(0.3, abs=0.1)
 
 
+def test_dropping_experts_leaves_the_policy_out(mixtral: Model, tmp_path: Path) -> None:
+    """It was tuned for more experts, and the smaller model could not be loaded with it."""
+    route_folder(str(mixtral.folder), tmp_path / "routed", "odp", 0.3, heldout=1, tokens=mixtral.tokens)
+    recipe = SMALL.model_copy(update={"transform": (step_from({"method": "reap", "keep": 3}),)})
+    job = pipeline.make_job(str(tmp_path / "routed"), recipe, tokens=mixtral.tokens)
+    prune(job, tmp_path / "pruned")
+    assert KEY in job.opened.checkpoint.config and KEY not in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert read_policy(tmp_path / "pruned") is None
+
+
 def test_more_skipping_costs_more(mixtral: Model, tmp_path: Path) -> None:
     costs = [route_folder(str(mixtral.folder), tmp_path / str(share), "odp", share, heldout=1, tokens=mixtral.tokens)["after"]["kl_mean"]
              for share in (0.0, 0.1, 0.4)]  # fmt: skip
     assert costs[0] == 0 < costs[1] < costs[2]
 
 
+def test_as_many_as_a_divergence_allows(mixtral: Model, tmp_path: Path) -> None:
+    """The curve begins where nothing is skipped and grows; of its points within the limit, the last is the one written."""
+    limit = 0.5 * route_folder(str(mixtral.folder), tmp_path / "much", "top-p", 0.4, heldout=1, tokens=mixtral.tokens)["after"]["kl_mean"]
+    record = route_folder(str(mixtral.folder), tmp_path / "out", "top-p", heldout=1, tokens=mixtral.tokens, max_kl=limit)
+    curve = record["curve"]
+    assert curve[0]["kl_mean"] == curve[0]["skipped"] == 0
+    shares = [row["calibration_skipped"] for row in curve]
+    assert shares == sorted(shares) and len(curve) > 4
+    harmless = [row for row in curve if row["kl_mean"] <= limit]
+    assert harmless[-1]["skipped"] == record["skipped"] > 0 and harmless[-1]["kl_mean"] == record["after"]["kl_mean"] <= limit
+    assert max(shares) > record["calibration_skipped"], "nothing larger was tried"
+    assert read_policy(tmp_path / "out").skip == record["calibration_skipped"]
+    # Measured again by the written folder itself, loaded by transformers.
+    ids = split_heldout(mixtral.tokens, 1)[1].ids
+    p, q = (plain(one, ids).log_softmax(-1) for one in (mixtral.load(), loading.load(tmp_path / "out", torch.float32)))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(record["after"]["kl_mean"], rel=0.02)
+
+
+def test_no_limit_is_every_call_that_the_policy_can_skip(mixtral: Model, tmp_path: Path) -> None:
+    record = route_folder(str(mixtral.folder), tmp_path / "out", "naee", heldout=1, tokens=mixtral.tokens, max_kl=100.0)
+    assert record["skipped"] == pytest.approx(0.5) and most_share("naee", mixtral.seen) == pytest.approx(0.5)
+
+
+def test_impossible_limits_are_refused(mixtral: Model, tmp_path: Path) -> None:
+    for share, limit, words in ((None, 0.0, "cannot stay within that KL"), (None, None, "neither"), (0.1, 0.1, "both")):
+        with pytest.raises(UserError, match=words):
+            route_folder(str(mixtral.folder), tmp_path / "no", "odp", share, heldout=1, tokens=mixtral.tokens, max_kl=limit)
+    assert not (tmp_path / "no").exists()
+
+
 def test_command_line(tiny_model: Path, text_file: Path, tmp_path: Path, moecompress) -> None:
     options = ["--text", text_file, "--sequences", 4, "--length", 32, "--heldout", 1]
-    ran = moecompress("route", tiny_model, "-o", tmp_path / "out", "--policy", "modes", "--skip", 0.25, "--renormalise", *options)
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "out", "--policy", "modes", "--skip", 0.25, "--renormalise", *options)
     assert ran.code == 0 and "policy modes skips" in ran.out
     assert read_policy(tmp_path / "out").renormalise
-    ran = moecompress("route", tiny_model, "-o", tmp_path / "more", "--skip", 0.6, *options)
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "within", "--max-kl", 0.1, "--json", *options)
+    assert ran.code == 0 and ran.json()["after"]["kl_mean"] <= 0.1, ran.err
+    assert all(row["tokens_per_second"] > 0 for row in ran.json()["curve"])
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "table", "--max-kl", 0.1, "--no-speed", *options)
+    assert ran.code == 0 and ran.out.count("(kept)") == 1 and "tokens/s" not in ran.out
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "more", "--skip", 0.6, *options)
     assert ran.code == 2 and "at most 50.0%" in ran.err
     assert not (tmp_path / "more").exists()
 
@@ -259,6 +306,7 @@ def test_layer_without_choice_is_named() -> None:
     with pytest.raises(UserError, match=r"at most 0\.0% in alike\n.*\n.*top-p or modes"):
         tune("odp", layers, 0.2)
     assert tune("top-p", layers, 0.25).skip == 0.25
+    assert most_share("odp", layers) == 0 and most_share("top-p", layers) == 0.5
 
 
 def changed(policy: Policy, **changes: Any) -> dict[str, Any]:

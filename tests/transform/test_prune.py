@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import head_class, shake, tiny_checkpoint, tiny_config
 from transformers import PreTrainedModel
-from whole import accounts_for_everything, job_of
+from whole import accounts_for_everything, after_step, job_of
 
-from moecompress import pipeline
 from moecompress.errors import UserError
 from moecompress.model import families
 from moecompress.model.experts import find_experts
 from moecompress.transform import stage
 from moecompress.transform.regroup import Regrouping, dropping
-from moecompress.transform.stage import Request
 
 ALWAYS = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss")
 #: Why a smaller number of experts is refused.
@@ -38,8 +36,8 @@ pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 
 
 def prune(folder: Path, out: Path, method: str, keep: float = 3, protected=(), seed: int = 0) -> dict:
-    job = job_of(folder)
-    return pipeline.prune(job, Request.of(job.opened, method, keep, protected, seed), out)
+    names = [f"L{layer:02d}.E{expert:03d}" for layer, expert in protected]
+    return after_step(folder, out, seed, method=method, keep=keep, **({"protect": names} if names else {}))
 
 
 def with_selection_bias(folder: Path) -> None:
@@ -178,8 +176,8 @@ def test_later_layers_see_what_the_changed_ones_deliver(qwen: Path, tmp_path: Pa
         seen.append(scene.capture.hidden)
         return dropping([0, 1, 3], 4)
 
-    monkeypatch.setitem(stage.METHODS, "spy", spy)
-    prune(qwen, tmp_path / "out", "spy")
+    monkeypatch.setitem(stage.METHODS, "random", spy)
+    prune(qwen, tmp_path / "out", "random")
     model = roundtrip.load(head_class("qwen3_moe"), tmp_path / "out")
     got: list[torch.Tensor] = []
     list(find_experts(model))[-1][1].register_forward_pre_hook(lambda _m, inputs: got.append(inputs[0]))
@@ -224,7 +222,7 @@ def test_layers_that_the_model_ignores_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("keep", "protected", "method", "reason"), [
     (2, [], "reap", "Cannot keep 2 of 4"), (4, [], "reap", "Cannot keep 4 of 4"), (0.25, [], "reap", "Cannot keep 1 of 4"),
-    (3.5, [], "reap", "Cannot keep 3.5"), (3, [], "magic", "Unknown method 'magic'"),
+    (3.5, [], "reap", "a whole number of experts"), (3, [], "magic", "one of reap, ean, .* got 'magic'"),
     (3, [(0, 4)], "reap", "no expert L00.E004"), (3, [(9, 0)], "reap", "no expert L09.E000"),
     (3, [(0, e) for e in range(4)], "reap", "protects more experts"), (3, [(0, 1)], "ream", "cannot protect"),
 ])  # fmt: skip

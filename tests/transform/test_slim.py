@@ -13,9 +13,8 @@ import pytest
 import roundtrip
 import torch
 from tiny import head_class, shake, tiny_checkpoint, tiny_config
-from whole import accounts_for_everything, job_of
+from whole import accounts_for_everything, after_step, job_of
 
-from moecompress import pipeline
 from moecompress.calibrate.capture import Capture
 from moecompress.errors import UserError
 from moecompress.model import families
@@ -35,8 +34,7 @@ pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 
 
 def slimmed(folder: Path, out: Path, score: str = "activation", width: float = 0.5, repair: bool = True, **more) -> dict:
-    job = job_of(folder)
-    return pipeline.slim(job, Slimming.of(job.opened, score, width, repair, **more), out)
+    return after_step(folder, out, method="slim", score=score, width=width, repair=repair, **more)
 
 
 # --- one layer ------------------------------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def equals_the_masked_original(family: str, source: Path, out: Path, manifest: d
         weights = canonical(module, layout_of(module))["down"]
         for e, text in enumerate(row["kept"]):
             kept = slim.kept_neurons(text)
-            assert len(kept) == manifest["count"]
+            assert len(kept) == weights.shape[2] * manifest["steps"][0]["step"]["width"]
             gone = [c for c in range(weights.shape[2]) if c not in kept]
             weights.data[e][:, gone] = 0
     wanted = roundtrip.plain(original, ids)
@@ -348,7 +346,7 @@ def test_killed_run_goes_on_behind_the_last_layer(qwen: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize(("width", "score", "reason"), [
     (32, "activation", "Cannot keep 32 of 32"), (0.001, "activation", "Cannot keep 0 of 32"), (40, "activation", "Cannot keep 40"),
-    (1.5, "activation", "Cannot keep 1.5"), (0.5, "magic", "Unknown score 'magic'"),
+    (1.5, "activation", "a share below 1"), (0.5, "magic", "'greedy', 'activation', 'slimmoe' or 'random'"),
 ])  # fmt: skip
 def test_impossible_wishes_are_refused(qwen: Path, tmp_path: Path, width: float, score: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
@@ -358,7 +356,7 @@ def test_impossible_wishes_are_refused(qwen: Path, tmp_path: Path, width: float,
 
 def test_random_neurons_are_seeded_and_worse(tiny_model: Path, tmp_path: Path, moecompress: Callable, quick: list[str]) -> None:
     def run(name: str, *options: object) -> dict:
-        return moecompress("slim", tiny_model, "-o", tmp_path / name, "--width", 0.5, *options, *quick, "--json").json()
+        return moecompress("slim", tiny_model, "-o", tmp_path / name, "--width", 0.5, *options, *quick, "--json").json()["steps"][0]
 
     good, bad = run("good"), run("bad", "--score", "random")
     again, other = run("again", "--score", "random"), run("other", "--score", "random", "--set", "compute.seed=1")
@@ -371,7 +369,7 @@ def test_command(tiny_model: Path, tmp_path: Path, moecompress: Callable, quick:
     out = tmp_path / "thin"
     ran = moecompress("slim", tiny_model, "-o", out, "--width", 40, "--no-repair", "--score", "activation", *quick)
     assert ran.code == 0, ran.err
-    assert "KL" in ran.out and "40 of 64 neurons, score activation, not repaired" in ran.out
+    assert "KL" in ran.out and "slim, width 40, score activation, repair False" in ran.out
     assert moecompress("slim", tiny_model, "-o", out, *quick).code == 2  # not empty
     assert json.loads((out / "config.json").read_text())["moe_intermediate_size"] == 40
     ran = moecompress("quantize", out, "-o", tmp_path / "packed", "--target-bits", 3.9, *quick, "--set", "allocate.compare=none")

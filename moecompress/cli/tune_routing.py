@@ -1,4 +1,4 @@
-"""moecompress route: let a model skip chosen experts that matter little."""
+"""moecompress tune-routing: let a model skip chosen experts that matter little."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; must not exist or be empty.")],
     policy: Annotated[str, typer.Option("--policy", help="odp, naee, top-p or modes (below).")] = "odp",
-    skip: Annotated[float, typer.Option("--skip", help="Share of expert calls to skip, 0.15 for 15 %.")] = 0.15,
+    skip: Annotated[
+        float | None, typer.Option("--skip", help="Share of expert calls to skip, 0.15 (the default) for 15 %.")
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", min=0, help="Instead: skip as many as cost at most this KL, in nats a token."),
+    ] = None,
     text: Annotated[
         str, typer.Option("--text", help="Text to tune and measure on: file, folder, hub data set or 'builtin'.")
     ] = "builtin",
@@ -31,12 +37,16 @@ def command(
         typer.Option("--reference", help="Measure KL to this model, before and after. Default: to MODEL waking all experts."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Also load the whole model and time one-token decoding at every point.")
+    ] = True,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Skip the chosen experts whose weight is small: fewer products for a token, with the weights as they are.
 
-    The thresholds are tuned on text for the wanted share of skipped calls, and KL is measured on other sequences of it.
+    The thresholds are tuned on text for a share of skipped calls, and KL is measured on other sequences of it: for the share
+    that --skip says and half of it, or for growing shares until --max-kl is passed. The curve of share, KL and speed is shown.
     The output has the same shards (hard links, where the file system allows) and the policy in config.json. A compressed
     folder applies it when it is loaded; for an ordinary one call
     moecompress.route.apply(model, model.config.moecompress_routing).
@@ -46,13 +56,18 @@ def command(
 
     Examples:
 
-        moecompress route out -o out-skipping --policy odp --skip 0.15 --text corpus.txt
+        moecompress tune-routing out -o out-skipping --policy odp --skip 0.15 --text corpus.txt
 
-        moecompress route ./model -o routed --policy modes --skip 0.3 --no-renormalise --json
+        moecompress tune-routing out -o out-skipping --policy top-p --max-kl 0.01 --no-speed
+
+        moecompress tune-routing ./model -o routed --policy modes --skip 0.3 --no-renormalise --json
     """
     from moecompress.route.folder import route
 
-    record = route(model, output, policy, skip, text, sequences, length, heldout, renormalise, reference, dtype, trust_remote_code)
+    if skip is None and max_kl is None:
+        skip = 0.15
+    record = route(model, output, policy, skip, text, sequences, length, heldout, renormalise, reference, dtype, trust_remote_code,
+                   max_kl=max_kl, speed=speed)  # fmt: skip
     if json_:
         print_json(record)
         return
@@ -60,14 +75,15 @@ def command(
     from rich.table import Table
 
     against = "the model waking all experts" if reference is None else reference
-    table = Table("", "KL, nats", "95 %", "top-1 agreement", "perplexity", title=f"against {against}, on held-out text")
-    for label in ("before", "after"):
-        if label in record:
-            row = record[label]
-            low, high = row["kl_interval_95"]
-            table.add_row(label, f"{row['kl_mean']:.5f}", f"{low:.5f} … {high:.5f}", f"{row['top1_agreement']:.2%}",
-                          f"{row['perplexity']:.3f} (of {row['reference_perplexity']:.3f})")  # fmt: skip
+    title = f"against {against}, on held-out text"
+    curve = Table("expert calls skipped", "KL, nats", "95 %", "top-1 agreement", *(["tokens/s"] if speed else []), title=title)
+    for row in record["curve"]:
+        chosen = row["calibration_skipped"] == record["calibration_skipped"]
+        low, high = row.get("kl_interval_95", (row["kl_mean"],) * 2)
+        curve.add_row(f"{row['skipped']:.2%}" + (" (kept)" if chosen else ""), f"{row['kl_mean']:.5f}", f"{low:.5f} … {high:.5f}",
+                      f"{row.get('top1_agreement', 1):.2%}", *([f"{row['tokens_per_second']:.1f}"] if speed else []))  # fmt: skip
     console = Console(highlight=False)
-    console.print(table)
+    console.print(curve)
     console.print(f"{output}: policy {policy} skips {record['skipped']:.2%} of the expert calls "
-                  f"({record['calibration_skipped']:.2%} on the text it was tuned on)")  # fmt: skip
+                  f"({record['calibration_skipped']:.2%} on the text it was tuned on); perplexity "
+                  f"{record['after']['perplexity']:.3f}, of {record['after']['reference_perplexity']:.3f}")  # fmt: skip
