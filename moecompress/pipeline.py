@@ -211,7 +211,7 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     weights = opened.anatomy.expert_weights
     stored = expert_bytes(shards)
     return {
-        **_identity(job),
+        **identity(job),
         "input_bytes": opened.checkpoint.nbytes,
         "total_bytes": sum(shard.stat().st_size for shard in shards),
         "expert_bytes": stored,
@@ -243,7 +243,7 @@ def prune(job: Job, request: Request, out: Path, *, fresh: bool = False) -> dict
         del measured[key]  # experts have new numbers
     (ready / FOLDER).mkdir(exist_ok=True)
     manifest = {
-        **_identity(job),
+        **identity(job),
         "input_bytes": job.opened.checkpoint.nbytes,
         "total_bytes": sum(shard.stat().st_size for shard in ready.glob("*.safetensors")),
         "method": request.method,
@@ -258,7 +258,7 @@ def prune(job: Job, request: Request, out: Path, *, fresh: bool = False) -> dict
     return manifest
 
 
-def _identity(job: Job) -> dict[str, Any]:
+def identity(job: Job) -> dict[str, Any]:
     """What a manifest says about the input."""
     anatomy = job.opened.anatomy
     return {

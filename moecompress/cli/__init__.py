@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "quantize": "quantize",
     "route": "route",
     "prune": "prune",
+    "distill": "distill",
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",
