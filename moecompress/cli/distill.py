@@ -33,10 +33,10 @@ def command(
     kd_share: Annotated[
         float, typer.Option("--kd-share", min=0, max=1, help="Share of the run after which the teacher is left out.")
     ] = 1.0,
-    rate: Annotated[float, typer.Option("--rate", min=0, help="Highest learning rate.")] = 3e-4,
+    rate: Annotated[float, typer.Option("--rate", min=0, help="Highest learning rate.")] = 1e-4,
     warmup: Annotated[float, typer.Option("--warmup", min=0, max=0.9, help="Share of the run in which it rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="AdamW's weight decay.")] = 0.0,
-    clip: Annotated[float, typer.Option("--clip", min=0, help="Longest gradient; longer ones are shortened.")] = 1.0,
+    clip: Annotated[float, typer.Option("--clip", min=0, help="Longest gradient, longer ones are shortened; 0: no limit.")] = 1.0,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Sequences at once (the recipe's compute.micro_batch).")
     ] = None,

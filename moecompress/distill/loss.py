@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+#: Stands for −∞, which padding of the vocabulary may have: 0 · (−∞) would be NaN.
+RULED_OUT = -1e4
+
 
 def targets(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What is kept of a teacher's logits [..., V]: (log-probabilities [..., k + 1], token numbers int32 [..., k]).
@@ -38,8 +41,8 @@ def divergence(logits: torch.Tensor, known: torch.Tensor, index: torch.Tensor) -
     the others together what the teacher gives them. (SlimMoE, arXiv:2506.18349, renormalises over the k tokens alone, which
     leaves that open.)
     """
-    own = log_probs(logits, index)
-    known = known.clamp_min(-1e4)  # a token that the teacher rules out: 0 · (−∞) would be NaN
+    own = log_probs(logits, index).clamp_min(RULED_OUT)
+    known = known.clamp_min(RULED_OUT)
     return (known.exp() * (known - own)).sum(-1)
 
 

@@ -35,10 +35,11 @@ class Settings:
     #: share of the run after which the KL term stops (MoS, arXiv:2201.05596: a student too small to follow its teacher
     #: to the end is better left to the text alone)
     kd_share: float = 1.0
-    rate: float = 3e-4
+    rate: float = 1e-4
     #: share of the run in which the learning rate rises; behind it, it falls to zero along a cosine
     warmup: float = 0.05
     weight_decay: float = 0.0
+    #: longest gradient over all trained weights; longer ones are shortened to it; 0: no limit
     clip: float = 1.0
     #: sequences that go through the model together, and how often before the weights move
     batch: int = 4
@@ -48,7 +49,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
+        budgets = [budget for budget in (self.steps, self.minutes) if budget is not None]
+        if not budgets or min(budgets) <= 0:
             raise UserError("No budget", expected="a number of steps or minutes", remedy="pass --steps or --minutes")
         if self.kd_share < 1 and self.cross_entropy == 0:
             raise UserError("Nothing would be trained on once the distillation term stops", expected="--cross-entropy above 0",
@@ -128,7 +130,8 @@ def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype]
             if run.step == 0:
                 _refuse_unreached(weights, needed)
             weights.take_gradients()
-            accelerator.clip_grad_norm_(weights.masters.values(), settings.clip)
+            if settings.clip > 0:
+                accelerator.clip_grad_norm_(weights.masters.values(), settings.clip)
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate_at(done)
             optimizer.step()
