@@ -61,7 +61,6 @@ def distill(student: str, teacher: str, out: Path, recipe: Recipe, settings: Set
     c = recipe.calibration
     job = Job(folder, recipe, token_batches(tokenizer, c.text, c.sequences, c.length, c.seed), trust_remote_code, c.text)
     dtypes = trained(job.opened, what)
-    on_disk(job.opened, {name: job.opened.model.get_parameter(name) for name in dtypes})  # refuses before the long part
     known = Checkpoint(source).fingerprint()
     work = work_folder(out)
     open_work(work, hashlib.sha256(f"{job.fingerprint()} {known} {what} {settings}".encode()).hexdigest(), fresh)
@@ -95,31 +94,41 @@ def distill(student: str, teacher: str, out: Path, recipe: Recipe, settings: Set
 
 
 def trained(opened: OpenModel, what: str) -> dict[str, torch.dtype]:
-    """Parameter -> its dtype on disk, for everything that ``what`` trains."""
+    """Parameter -> its dtype on disk, for everything that ``what`` trains.
+
+    A parameter that is only a part of its tensor on disk stays as it is; UserError if experts or routers are such.
+    """
     roles = ROLES[what]
     parameters = dict(opened.model.named_parameters())
-    return {
-        info.target: info.dtype
+    infos = [
+        info
         for info in opened.anatomy.tensors
         if info.target in parameters
         and (info.role in roles if roles is not None else info.role not in (EMBEDDING, HEAD, IGNORED))
-    }
+    ]
+    named = stored_names(opened.loader, opened.model, {info.target: parameters[info.target] for info in infos})
+    parts = [info for info in infos if info.name not in named or named[info.name].shape != info.shape]
+    for info in parts:
+        if info.role in (EXPERT, EXPERT_BIAS, ROUTER):
+            raise UserError(f"{info.name} cannot be written as the checkpoint has it", expected="the names and shapes that "
+                            "transformers saves this family with", remedy="load the model with transformers and save_pretrained it first")  # fmt: skip
+    kept = {info.target for info in parts}
+    return {info.target: info.dtype for info in infos if info.target not in kept}
 
 
 def needed(anatomy: Anatomy, names: dict[str, torch.dtype]) -> list[str]:
-    """Which of the parameters ``names`` must get a gradient: matrices of experts and routers."""
-    return sorted({i.target for i in anatomy.tensors if i.target in names and i.role in (EXPERT, ROUTER) and len(i.shape) > 1})
+    """Which of the parameters ``names`` must get a gradient: matrices of experts and routers. Not biases that only choose."""
+    return sorted({i.target for i in anatomy.tensors
+                   if i.target in names and i.role in (EXPERT, ROUTER) and len(i.shape) > 1 and min(i.shape) > 1})  # fmt: skip
 
 
 def on_disk(opened: OpenModel, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters as the tensors that the checkpoint has of them, under its names and in its dtypes."""
+    """Parameters, of those that `trained` names, as the tensors that the checkpoint has of them, in its dtypes."""
     entries = opened.checkpoint.entries
     named = stored_names(opened.loader, opened.model, dict(parameters))
-    wanted = {info.name for info in opened.anatomy.tensors if info.target in parameters}
-    for name in sorted(wanted ^ named.keys()):
-        raise UserError(f"{name} cannot be written as the checkpoint has it", expected="the names that transformers saves this family with",
-                        remedy="load the model with transformers and save_pretrained it first")  # fmt: skip
-    return {name: tensor.to(entries[name].dtype).reshape(entries[name].shape) for name, tensor in named.items()}
+    assert named.keys() == {info.name for info in opened.anatomy.tensors if info.target in parameters}
+    assert all(tensor.shape == entries[name].shape for name, tensor in named.items())
+    return {name: tensor.to(entries[name].dtype) for name, tensor in named.items()}
 
 
 def write(opened: OpenModel, parameters: dict[str, torch.Tensor], ready: Path) -> dict[str, dict[str, Any]]:

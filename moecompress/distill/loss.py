@@ -17,8 +17,7 @@ def targets(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]
     """
     logits = logits.float()
     size = logits.shape[-1]
-    top = top if 0 < top < size else size
-    index = logits.topk(top, dim=-1).indices
+    index = logits.topk(top, dim=-1).indices if 0 < top < size else torch.arange(size, device=logits.device).expand(logits.shape)
     return log_probs(logits, index), index.to(torch.int32)
 
 

@@ -105,7 +105,10 @@ def test_the_budget_that_ends_first_counts() -> None:
     assert settings.done(Run(step=5, seconds=60)) == 1.0
 
 
-@pytest.mark.parametrize(("given", "complaint"), [({}, "No budget"), ({"minutes": 0.0, "steps": 3}, "No budget"), ({"steps": 1, "kd_share": 0.5}, "Nothing would be trained on")])
+@pytest.mark.parametrize(("given", "complaint"), [
+    ({}, "No budget"), ({"minutes": 0.0, "steps": 3}, "No budget"),
+    ({"steps": 1, "kd_share": 0.5}, "Nothing would be trained on"),
+])  # fmt: skip
 def test_settings_that_make_no_sense(given: dict, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         Settings(**given)
