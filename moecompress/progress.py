@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,6 +20,16 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=False) as bar:
         yield from bar.track(items, description=label, total=total)
+
+
+@contextmanager
+def share_done(label: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar for work that has no items: the function it gives takes the share done, 0 to 1, and how it goes in words."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+               TimeElapsedColumn(), TextColumn("{task.fields[words]}"))  # fmt: skip
+    with Progress(*columns, console=console, transient=False) as bar:
+        task = bar.add_task(label, total=1.0, words="")
+        yield lambda done, words: bar.update(task, completed=min(done, 1.0), words=words)
 
 
 def notice(message: str) -> None:

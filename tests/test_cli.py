@@ -58,6 +58,7 @@ def calls(tiny_model: Path, packed_tiny: Path, quick: list[str], text_file: Path
         "quantize": [tiny_model, "-o", folder / "out", "--target-bits", 3.6, *quick],
         "prune": [tiny_model, "-o", folder / "pruned", *quick],
         "slim": [tiny_model, "-o", folder / "slim", *quick],
+        "distill": [tiny_model, "--teacher", tiny_model, "-o", folder / "distilled", "--steps", 1, *quick],
         "evaluate": [packed_tiny, "--reference", tiny_model, "--text", text_file, *small],
         "export": [packed_tiny, "-o", folder / "dense"],
         "run": [packed_tiny, "--prompt", "The", "-n", 2],

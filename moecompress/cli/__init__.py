@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "tune-routing": "tune_routing",
     "prune": "prune",
     "slim": "slim",
+    "distill": "distill",
     "evaluate": "evaluate",
     "export": "export",
     "run": "run",

@@ -91,7 +91,7 @@ def compare(
         with _head(opened, lambda x, forward, original=original: forward(torch.cat([x, original.to(x.dtype)]))):
             logits = tail()
         compressed, uncompressed = logits.chunk(2)
-        parts.append(_tokens(compressed, uncompressed, batches[lane]))
+        parts.append(token_divergence(compressed, uncompressed, batches[lane]))
     kl, agree, nll, reference_nll = (torch.cat(column) for column in zip(*parts, strict=True))
     same = [layer for layer, experts in _experts(opened).items() if experts == reference.experts[layer]]
     router = {layer: jaccard(chosen[layer], reference.chosen[layer]) for layer in same}
@@ -156,8 +156,9 @@ def _head(opened: OpenModel, forward) -> Iterator[None]:
         del head.forward
 
 
-def _tokens(logits: torch.Tensor, original: torch.Tensor, ids: torch.Tensor):
-    """KL, agreement and negative log-likelihoods of every token, a slice of positions at a time."""
+def token_divergence(logits: torch.Tensor, original: torch.Tensor, ids: torch.Tensor):
+    """KL(original ‖ logits), agreement [B, L] and negative log-likelihoods [B, L - 1] of every token, a slice of positions
+    at a time."""
     kl, agree, nll, reference_nll = [], [], [], []
     length = ids.shape[1]
     for begin in range(0, length, POSITIONS):
