@@ -74,7 +74,6 @@ def distill(student: str, teacher: str, out: Path, recipe: Recipe, settings: Set
     measured = _verify(job, guide, ready, run, settings)
     manifest = {
         **identity(job),
-        "input_bytes": job.opened.checkpoint.nbytes,
         "total_bytes": sum(shard.stat().st_size for shard in ready.glob("*.safetensors")),
         "method": "distill",
         "train": what,
