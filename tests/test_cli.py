@@ -64,7 +64,7 @@ def calls(tiny_model: Path, packed_tiny: Path, quick: list[str], text_file: Path
         "run": [packed_tiny, "--prompt", "The", "-n", 2],
         "report": [packed_tiny, "-o", folder / "report.html"],
         "tune-routing": [packed_tiny, "-o", folder / "routed", "--text", text_file, *small, "--heldout", 1],
-        "bench": ["--shape", "64x64:4", "--bits", 4],
+        "bench": ["--shape", "64x64:4", "--codes", "b4g64s"],
     }
 
 

@@ -13,10 +13,10 @@ SHAPE = "mixtral, qwen3-30b-a3b, olmoe, deepseek-v3, or sizes: 4096x14336:2 (hid
 
 def command(
     shape: Annotated[str, typer.Option(help=SHAPE)] = "qwen3-30b-a3b",
-    bits: Annotated[str, typer.Option(help="Bit-widths: 2, 3, 4, 8.")] = "2,3,4,8",
+    codes: Annotated[
+        str, typer.Option(help="How experts are stored, e.g. b4g64s (integers), t2 or t1_5 (trellis), ternary, sign.")
+    ] = "t1,t2,t3,ternary,b2g64s,b3g64s,b4g64s,b8g64s",
     batch: Annotated[str, typer.Option(help="Tokens in a step; 1 is what generating text needs.")] = "1,4,16",
-    group: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64, 128, or 0 for the whole row.")] = 64,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With a stored zero for every group.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as many as torch uses if not given.")] = None,
     memory: Annotated[float, typer.Option(min=0.1, help="GB that all weights together may take.")] = 4.0,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each kind; medians are reported.")] = 30,
@@ -31,21 +31,21 @@ def command(
 
         moecompress bench
 
-        moecompress bench --shape mixtral --bits 4 --batch 1 --threads 2
+        moecompress bench --shape mixtral --codes b4g64s,t2 --batch 1 --threads 2
 
         moecompress bench --shape 2048x1408:6 --json
     """
     import torch
 
-    from moecompress.kernels.bench import measure
-    from moecompress.pack.int_format import BITS
+    from moecompress.evaluate.bench import measure
+    from moecompress.pack.scheme import Scheme
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        widths = _numbers("--bits", bits, BITS)
-        record = {"shape": shape} | measure(_shape(shape), widths, _numbers("--batch", batch, range(1, 4097)),
-                                            group, not asymmetric, int(memory * 1e9), rounds)  # fmt: skip
+        schemes = [Scheme.parse(name.strip()) for name in codes.split(",")]
+        record = {"shape": shape} | measure(_shape(shape), schemes, _numbers("--batch", batch, range(1, 4097)), int(memory * 1e9),
+                                            rounds)  # fmt: skip
     finally:
         torch.set_num_threads(before)
     if json_:
@@ -68,7 +68,7 @@ def _shape(text: str):
     import re
 
     from moecompress.errors import UserError
-    from moecompress.kernels.bench import SHAPES, Shape
+    from moecompress.evaluate.bench import SHAPES, Shape
 
     if text in SHAPES:
         return SHAPES[text]
@@ -87,7 +87,7 @@ def _print(record: dict) -> None:
     bandwidth = record["bandwidth_gigabytes_per_second"]
     out.print(
         f"[bold]{record['shape']}[/bold]: hidden {record['hidden']}, width {record['width']}, "
-        f"top-{record['top_k']}, group {record['group']}; kernels: {record['instruction_set']}, "
+        f"top-{record['top_k']}; kernels: {record['instruction_set']}, "
         f"{record['threads']} threads; memory reads {bandwidth:.1f} GB/s; {record['experts_in_memory']} experts, "
         f"{size_text(record['weights_bytes'])} of weights in turn, "
         f"cache {size_text(record['last_level_cache_bytes'])}"

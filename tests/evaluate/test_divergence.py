@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moecompress.evaluate.divergence import Divergence, _tokens, bootstrap, jaccard
+from moecompress.evaluate.divergence import Divergence, bootstrap, jaccard, token_divergence
 
 
 def test_tokens_against_the_definitions():
     torch.manual_seed(0)
     q, p, ids = torch.randn(2, 150, 11), torch.randn(2, 150, 11), torch.randint(0, 11, (2, 150))
-    kl, agree, nll, reference_nll = _tokens(q, p, ids)
+    kl, agree, nll, reference_nll = token_divergence(q, p, ids)
     for b in range(2):
         for t in range(150):
             a, c = p[b, t].double().softmax(-1), q[b, t].double().softmax(-1)

@@ -29,7 +29,8 @@ from moecompress.route.calibrate import Seen, most_share, observe, tune
 from moecompress.route.folder import route as route_folder
 from moecompress.route.frontier import counting
 from moecompress.runtime import loading
-from moecompress.runtime.packed import PackedBank, PackedExperts
+from moecompress.runtime.bank import DenseBank, IntegerBank, PackedBank
+from moecompress.runtime.packed import PackedExperts
 from moecompress.runtime.skipping import KEY, Policy, read_policy
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_5_moe"]
@@ -135,18 +136,22 @@ def test_skipped_pairs_are_not_computed(model: Model, monkeypatch: pytest.Monkey
     policy = tune("odp", model.seen, 0.4)
     banks = {id(bank) for m in loaded.modules() if isinstance(m, PackedExperts) for bank in m.modules() if isinstance(bank, PackedBank)}
     rows: list[int] = []
-    grouped, matmul = hf_moe._grouped_mm, PackedBank.matmul
+    grouped = hf_moe._grouped_mm
 
     def spy(x, weight, offs):
         rows.append(len(x))
         return grouped(x, weight, offs)
 
-    def spy_packed(self, x, slots):
-        rows.extend([int((slots >= 0).sum())] if id(self) in banks else [])
-        return matmul(self, x, slots)
+    def spying(matmul):
+        def spy_packed(self, x, slots):
+            rows.extend([int((slots >= 0).sum())] if id(self) in banks else [])
+            return matmul(self, x, slots)
+
+        return spy_packed
 
     monkeypatch.setattr(hf_moe, "_grouped_mm", spy)
-    monkeypatch.setattr(PackedBank, "matmul", spy_packed)
+    for kind in (IntegerBank, DenseBank):
+        monkeypatch.setattr(kind, "matmul", spying(kind.matmul))
     for name in policy.layers:
         loaded.get_submodule(resolve(loaded, name)).config._experts_implementation = "moecompress"
     plain(loaded, model.ids)

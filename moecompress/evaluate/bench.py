@@ -1,8 +1,8 @@
 """How fast the experts of one layer are, packed and as dense matrices, with weights that are not in the cache.
 
 A step is what one MoE layer does for a batch of tokens: gate, up and down projection of the chosen experts, in packed
-form (`grouped_matmul`) or expert by expert with torch's dense linear layers. Every step uses other experts than the
-step before, and all contenders take turns, so that weights come from memory as they do in a model.
+form (rotation included where the code has one) or expert by expert with torch's dense linear layers. Every step uses other
+experts than the step before, and all contenders take turns, so that weights come from memory as they do in a model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.nn.functional import linear, silu
 
 from moecompress.errors import UserError
 from moecompress.kernels import native
-from moecompress.kernels.ops import grouped_matmul, native_status
-from moecompress.pack import int_format
-from moecompress.pack.int_format import IntBank
+from moecompress.kernels.ops import native_status
+from moecompress.pack.scheme import Scheme
 from moecompress.progress import notice, track
+from moecompress.runtime.bank import PackedBank, make_bank, turn, turn_back
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,12 @@ class Contender:
     step: Callable[[Tensor, list[list[int]]], None]  # x (tokens, d); for each token the experts it is sent to
 
 
-def measure(
-    shape: Shape, bits: list[int], batches: list[int], group: int, symmetric: bool, memory: int, rounds: int
-) -> dict:
+def measure(shape: Shape, schemes: list[Scheme], batches: list[int], memory: int, rounds: int) -> dict:
     """Microseconds per token of every contender at every batch size, and the machine's memory bandwidth.
 
     memory: bytes that all weights together may take. rounds: steps of each contender; medians are reported.
     """
-    contenders, experts = _contenders(shape, bits, group, symmetric, memory)
+    contenders, experts = _contenders(shape, schemes, memory)
     weights_bytes = sum(contender.bytes_per_expert for contender in contenders) * experts
     if weights_bytes < 2 * last_level_cache():
         notice("the weights fit the cache, so these are not the speeds of a large model; raise --memory")
@@ -95,8 +93,6 @@ def measure(
         "width": shape.width,
         "top_k": shape.top_k,
         "experts_in_memory": experts,
-        "group": group,
-        "symmetric": symmetric,
         "rounds": rounds,
         "results": results,
     }
@@ -109,40 +105,41 @@ def last_level_cache() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 << 20)
 
 
-def _contenders(shape: Shape, bits: list[int], group: int, symmetric: bool, memory: int) -> tuple[list[Contender], int]:
+def _contenders(shape: Shape, schemes: list[Scheme], memory: int) -> tuple[list[Contender], int]:
     """The contenders that fit in memory, and how many experts each holds."""
     d, m = shape.hidden, shape.width
-    sizes: dict[str, int] = {}
-    for b in bits:
-        both = int_format.stored_bytes(m, d, b, group, symmetric) * 2
-        sizes[f"{b} bits"] = both + int_format.stored_bytes(d, m, b, group, symmetric)
+    shapes = ((m, d), (m, d), (d, m))
+    sizes = {scheme.name: sum(scheme.price(*one) for one in shapes) for scheme in schemes}
     sizes |= {name: 3 * d * m * dtype.itemsize for name, dtype in DENSE.items()}
     if sum(sizes.values()) * shape.top_k > memory:
         notice("float32 is left out: with it the weights would not fit in --memory")
         del sizes["float32"]
     if (needed := sum(sizes.values()) * shape.top_k) > memory:
         raise UserError("not enough memory for one token's experts", expected=f"{needed} bytes", got=f"{memory} bytes",
-                        remedy="raise --memory, or ask for fewer bit-widths")  # fmt: skip
+                        remedy="raise --memory, or ask for fewer codes")  # fmt: skip
     # Beyond eight times the cache, more experts only take time to make.
     enough = max(shape.top_k, 8 * last_level_cache() // sum(sizes.values()))
     experts = min(memory // sum(sizes.values()), enough)
     contenders = []
-    for b in bits:
-        banks = [_random_bank(experts, *s, b, group, symmetric) for s in ((m, d), (m, d), (d, m))]
-        contenders.append(Contender(f"{b} bits", sizes[f"{b} bits"], torch.bfloat16, _packed_step(*banks)))
+    for scheme in schemes:
+        banks = [_random_bank(scheme, experts, *one) for one in shapes]
+        contenders.append(Contender(scheme.name, sizes[scheme.name], torch.bfloat16, _packed_step(*banks)))
     for name, dtype in DENSE.items():
         if name in sizes:
-            weights = [_random_tensor(experts, *s).to(dtype) for s in ((m, d), (m, d), (d, m))]
+            weights = [_random_tensor(experts, *one).to(dtype) for one in shapes]
             contenders.append(Contender(name, sizes[name], dtype, _dense_step(*weights)))
     return contenders, experts
 
 
-def _packed_step(gate: IntBank, up: IntBank, down: IntBank) -> Callable[[Tensor, list[list[int]]], None]:
+def _packed_step(gate: PackedBank, up: PackedBank, down: PackedBank) -> Callable[[Tensor, list[list[int]]], None]:
+    def product(bank: PackedBank, x: Tensor, slots: Tensor) -> Tensor:
+        return turn_back(bank.matmul(x, slots), 0) if bank.turns else bank.matmul(x, slots)
+
     def step(x: Tensor, routed: list[list[int]]) -> None:
         slots = torch.tensor([expert for token in routed for expert in token], dtype=torch.int32)
-        x = x.repeat_interleave(len(routed[0]), dim=0)
-        inner = silu(grouped_matmul(x, slots, gate)) * grouped_matmul(x, slots, up)
-        grouped_matmul(inner, slots, down)
+        x = (turn(x, 0) if gate.turns else x).repeat_interleave(len(routed[0]), dim=0)
+        inner = silu(product(gate, x, slots)) * product(up, x, slots)
+        product(down, turn(inner, 0) if down.turns else inner, slots)
 
     return step
 
@@ -177,20 +174,15 @@ def _routes(shape: Shape, batch: int, experts: int, rounds: int) -> Iterator[lis
         yield [[named[expert] for expert in token] for token in chosen]
 
 
-def _random_bank(count: int, rows: int, cols: int, bits: int, group: int, symmetric: bool) -> IntBank:
-    tensors = {
-        "codes": _random_bytes(count, rows, int_format.row_bytes(cols, bits)),
-        "row_scales": torch.full((count, rows), 1e-4, dtype=torch.bfloat16),
-    }
-    if group:
-        tensors["scales"] = _random_bytes(count, rows, int_format.groups(cols, group))
-    if not symmetric:
-        tensors["zeros"] = _random_bytes(count, rows, int_format.zero_bytes(cols, bits, group))
-    return int_format.from_tensors(tensors, bits, group, cols)
-
-
-def _random_bytes(*shape: int) -> Tensor:
-    return torch.randint(0, 256, (1, *shape[1:]), dtype=torch.uint8).expand(shape).contiguous()
+def _random_bank(scheme: Scheme, count: int, rows: int, cols: int) -> PackedBank:
+    """Codes of any bits that the format allows, the same in every matrix, with scales that keep numbers small."""
+    bank = make_bank(scheme.fitted(cols), count, rows, cols, torch.bfloat16)
+    for tensor in bank.buffers():
+        if tensor.dtype == torch.uint8:
+            tensor.copy_(torch.randint(0, 243, (1, *tensor.shape[1:]), dtype=torch.uint8))  # five trits are below 243
+        else:
+            tensor.fill_(1e-4)
+    return bank
 
 
 def _random_tensor(*shape: int) -> Tensor:
