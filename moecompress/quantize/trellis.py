@@ -24,6 +24,8 @@ SPREAD = {0.5: 1.4, 0.75: 1.25, 1: 1.1, 1.25: 1.08, 1.5: 1.02, 2: 0.98, 2.5: 0.9
 DISTORTION = {0.5: 0.529, 0.75: 0.383, 1: 0.274, 1.25: 0.202, 1.5: 0.143, 2: 0.0740, 2.5: 0.0387, 3: 0.0192, 4: 0.0051}
 
 
+#: Columns between two full updates; a multiple of every tile's columns.
+CHUNK = 128
 #: How much of the energy that feedback adds to the weights adds to their error; measured on real matrices at 0.5 to 3 bits.
 FED = 0.5
 
@@ -100,16 +102,22 @@ def expected_error(weights: torch.Tensor, inputs: Turned, row_weight: torch.Tens
 def _search(units: torch.Tensor, feedback: torch.Tensor | None, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Streams uint8 [n, tiles, bytes] and decoded values [n, o, i], column of tiles after column of tiles from the last."""
     (count, rows, cols), wide = units.shape, tile_shape(rate)[1]
-    decoded, streams = torch.zeros_like(units), []
-    for first in reversed(range(0, cols, wide)):
-        last = min(first + wide, cols)
-        wanted = units[..., first:last]
-        if feedback is not None and last < cols:
-            wanted = wanted + (units[..., last:] - decoded[..., last:]) @ feedback[:, last:, first:last]
-        blocks = to_tiles(wanted, rate)
-        stream, found = search.encode(blocks.reshape(-1, TILE), rate)
-        decoded[..., first:last] = from_tiles(found.view_as(blocks), rows, last - first, rate)
-        streams.append(stream.view(count, -1, stream.shape[-1]))
+    decoded, off, streams = torch.zeros_like(units), torch.zeros_like(units), []
+    for begin in reversed(range(0, cols, CHUNK)):
+        end = min(begin + CHUNK, cols)
+        pulled = units[..., begin:end].clone()
+        if feedback is not None and end < cols:  # the far columns at once, the near ones tile by tile
+            pulled += off[..., end:] @ feedback[:, end:, begin:end]
+        for first in reversed(range(begin, end, wide)):
+            last = min(first + wide, end)
+            wanted = pulled[..., first - begin : last - begin]
+            if feedback is not None and last < end:
+                wanted = wanted + off[..., last:end] @ feedback[:, last:end, first:last]
+            blocks = to_tiles(wanted, rate)
+            stream, found = search.encode(blocks.reshape(-1, TILE), rate)
+            decoded[..., first:last] = from_tiles(found.view_as(blocks), rows, last - first, rate)
+            off[..., first:last] = units[..., first:last] - decoded[..., first:last]
+            streams.append(stream.view(count, -1, stream.shape[-1]))
     # Tiles are stored row by row; the blocks came column by column, the last first.
     return torch.stack(streams[::-1], 2).flatten(1, 2), decoded
 
