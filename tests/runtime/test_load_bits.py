@@ -89,7 +89,7 @@ def test_divergence_falls_with_the_width_and_walks_agree_with_transformers(folde
             q = load(folder, dtype=torch.float32, load_bits=bits)(ids).logits.log_softmax(-1)
             measured[bits], sizes[bits] = record["kl_mean"], record["bits_per_weight"]
             assert measured[bits] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)
-    assert measured[2] > 2 * measured[3] > 4 * measured[4]
+    assert measured[2] > 1.5 * measured[3] and measured[3] > 1.5 * measured[4]
     assert sizes[4] - sizes[3] == sizes[3] - sizes[2] == 1
     dense = tmp_path / "dense"
     ran = moecompress("export", folder, "-o", dense, "--dtype", "float32", "--load-bits", 3)
@@ -135,7 +135,7 @@ def test_other_widths_are_refused_with_the_list(folder, packed_tiny, tiny_model,
     for command in (["run", folder, "--prompt", "x"], ["export", folder, "-o", tmp_path / "dense"],
                     ["evaluate", folder, "--reference", tiny_model, "--text", "builtin", "--no-speed"]):  # fmt: skip
         ran = moecompress(*command, "--load-bits", 8)
-        assert ran.code == 1 and "2, 3, 4" in ran.err and "Traceback" not in ran.err
+        assert ran.code == 2 and "2, 3, 4" in ran.err and "Traceback" not in ran.err
     assert "nested" in moecompress("run", packed_tiny, "--prompt", "x", "--load-bits", 2).err
     assert "ordinary checkpoint" in moecompress("run", tiny_model, "--prompt", "x", "--load-bits", 2).err
     with pytest.raises(UserError, match="at 5 bits"):
