@@ -46,8 +46,9 @@ def feedback(values: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor, z
     Descent: values are pulls (W − Ŵ) H, matrix the Hessian, codes the current ones. scales, zeros: float32 [n, rows, G].
     ``balance`` float32 [w], of nested codes: values have w rows for each row of codes, for bits − w + 1, …, bits bits.
     """
-    count, rows, cols = codes.shape
-    groups, widths = scales.shape[-1], 1 if balance is None else len(balance)
+    widths = 1 if balance is None else len(balance)
+    count, rows, cols = values.shape[0], values.shape[1] // widths, values.shape[2]
+    groups = scales.shape[-1]
     _check({"values": (values, (count, rows * widths, cols)), "matrix": (matrix, (count, cols, cols)),
             "scales": (scales, (count, rows, groups)), "zeros": (zeros, (count, rows, groups))}, torch.float32)  # fmt: skip
     _check({"codes": (codes, (count, rows, cols))}, torch.uint8)

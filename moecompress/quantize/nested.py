@@ -17,10 +17,9 @@ from moecompress.quantize import gptq as plain
 from moecompress.quantize import grid as plain_grid
 from moecompress.quantize.grid import Grid
 
-#: One more bit makes an error count 2^BALANCE times as much. A bit divides squared errors by about four, so 2 makes every
-#: width lose the same share of what it had alone, were the losses small, and 0 serves the fewest bits alone. At 1.5 the
-#: fewest and the most bits lose alike on experts of a small trained model.
-BALANCE = 1.5
+#: One more bit makes an error count 2^BALANCE times as much. A bit divides the squared error by about four, so at 2 every
+#: width counts by the share that it loses of what it would have alone.
+BALANCE = 2.0
 
 
 def balance(bits: int) -> torch.Tensor:

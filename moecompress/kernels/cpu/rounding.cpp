@@ -48,9 +48,10 @@ struct NestedLevels {
 };
 
 // The code with the least balanced error over all numbers of bits, given what is wanted at each.
+template <int kCount>
 INLINE int nearest_nested(const NestedLevels& levels, const Feedback& f, const float* wanted, float s) {
   float cost[kNestedCodes] = {};
-  for (int q = 0; q < f.widths; ++q) {
+  for (int q = 0; q < kCount; ++q) {
     for (int c = 0; c < kNestedCodes; ++c) {
       const float d = s * levels.at[q][c] - wanted[q];
       cost[c] += f.balance[q] * d * d;
@@ -62,14 +63,15 @@ INLINE int nearest_nested(const NestedLevels& levels, const Feedback& f, const f
 }
 
 // One task: n rows of work, those of rows first, first + 1, ... of expert e at all widths. work: kRows x stride floats.
-// errors: kRows x kBlock floats.
-FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+// errors: kRows x kBlock floats. kCount: f.widths.
+template <int kCount>
+INLINE void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
   const int64_t cols = f.cols, stride = (cols + kLane - 1) / kLane * kLane;
   const float top = static_cast<float>((1 << f.bits) - 1);
   const float* matrix = f.matrix + e * cols * cols;
-  const NestedLevels levels(f.bits, f.widths);
+  const NestedLevels levels(f.bits, kCount);
   for (int64_t r = 0; r < n; ++r) {
-    std::memcpy(work + r * stride, f.values + ((e * f.rows + first) * f.widths + r) * cols, cols * sizeof(float));
+    std::memcpy(work + r * stride, f.values + ((e * f.rows + first) * kCount + r) * cols, cols * sizeof(float));
   }
   for (int64_t begin = 0; begin < cols; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, cols);
@@ -79,20 +81,20 @@ FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, 
       const float pivot = line[j];
       const int64_t column = f.order ? f.order[e * cols + j] : j;
       const int64_t group = column / f.width;
-      for (int64_t r = 0; r < n; r += f.widths) {
-        const int64_t row = e * f.rows + first + r / f.widths;
+      for (int64_t r = 0; r < n; r += kCount) {
+        const int64_t row = e * f.rows + first + r / kCount;
         const float s = f.scales[row * f.groups + group], z = f.zeros[row * f.groups + group];
         uint8_t& code = f.codes[row * cols + column];
         float* w = work + r * stride;
-        float error[kWidths];
-        if (f.widths > 1) {
+        float error[kCount];
+        if constexpr (kCount > 1) {
           const int old = code;
-          float wanted[kWidths];
-          for (int q = 0; q < f.widths; ++q) {
+          float wanted[kCount];
+          for (int q = 0; q < kCount; ++q) {
             wanted[q] = f.descend ? s * levels.at[q][old] + w[q * stride + j] / pivot : w[q * stride + j];
           }
-          const int fresh = nearest_nested(levels, f, wanted, s);
-          for (int q = 0; q < f.widths; ++q) {
+          const int fresh = nearest_nested<kCount>(levels, f, wanted, s);
+          for (int q = 0; q < kCount; ++q) {
             const float value = s * levels.at[q][fresh];
             error[q] = f.descend ? value - s * levels.at[q][old] : (wanted[q] - value) / pivot;
           }
@@ -107,7 +109,7 @@ FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, 
           error[0] = (w[j] - s * (fresh - z)) / pivot;
           code = static_cast<uint8_t>(fresh);
         }
-        for (int q = 0; q < f.widths; ++q, w += stride) {
+        for (int q = 0; q < kCount; ++q, w += stride) {
           errors[(r + q) * kBlock + j - begin] = error[q];
           for (int64_t k = j + 1; k < end; ++k) w[k] -= error[q] * line[k];
         }
@@ -131,6 +133,18 @@ FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, 
       }
     }
   }
+}
+
+FAST void plain_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+  feedback_rows<1>(f, e, first, n, work, errors);
+}
+
+FAST void rows_of_two_widths(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+  feedback_rows<2>(f, e, first, n, work, errors);
+}
+
+FAST void rows_of_three_widths(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+  feedback_rows<3>(f, e, first, n, work, errors);
 }
 
 struct Search {
@@ -328,7 +342,8 @@ void feedback_task(const void* job, int64_t task, float* scratch) {
   const int64_t together = kRows / f.widths;  // rows of a task
   const int64_t per = (f.rows + together - 1) / together, stride = (f.cols + kLane - 1) / kLane * kLane;
   const int64_t first = task % per * together;
-  feedback_rows(f, task / per, first, std::min(together, f.rows - first) * f.widths, scratch, scratch + kRows * stride);
+  const auto rows = f.widths == 1 ? plain_rows : f.widths == 2 ? rows_of_two_widths : rows_of_three_widths;
+  rows(f, task / per, first, std::min(together, f.rows - first) * f.widths, scratch, scratch + kRows * stride);
 }
 
 void search_task(const void* job, int64_t row, float*) {
