@@ -17,6 +17,9 @@ from moecompress.quantize import gptq, nested, ternary, trellis
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import damped, factor
 
+#: Nested codes need a copy of the weights for each width: so many weights, rows of all experts, are rounded at a time.
+NESTED_SLAB = 1 << 22
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -127,9 +130,18 @@ def _to_nearest(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme)
 
 
 def _feedback(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> tuple[Grid, torch.Tensor]:
-    diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1)
     # The descent optimises the Hessian itself; damping keeps it from chasing directions that calibration never saw.
     steady = damped(inputs.hessian, settings.damping)
+    if scheme.code != NESTED:
+        return _rows_with_feedback(weights, inputs, steady, scheme, settings)
+    slabs = weights.split(max(1, NESTED_SLAB // weights[:, 0].numel()), dim=1)
+    parts = [_rows_with_feedback(slab, inputs, steady, scheme, settings) for slab in slabs]
+    return nested.join([grid for grid, _ in parts]), torch.cat([codes for _, codes in parts], 1)
+
+
+def _rows_with_feedback(weights: torch.Tensor, inputs: Inputs, steady: torch.Tensor, scheme: Scheme, settings: Settings
+                        ) -> tuple[Grid, torch.Tensor]:  # fmt: skip
+    diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1)
     if scheme.code == NESTED:
         grid = nested.fit(weights, diagonal, int(scheme.bits), scheme.group)
         codes = nested.gptq(weights, inputs.upper, inputs.order, grid)

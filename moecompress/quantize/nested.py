@@ -9,6 +9,8 @@ Shapes: E experts, o rows, i columns, K widths from 2 to B bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moecompress.kernels import rounding
@@ -108,6 +110,13 @@ def refit(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid
         one, other = plain.normal_equations(target, hessian, codes >> dropped, coarse)  # in steps of 2^dropped fine ones
         left, right = left + weight * 4**dropped * one, right + weight * 2**dropped * other
     return plain.solve_scales(left, right, grid)
+
+
+def join(grids: list[Grid]) -> Grid:
+    """One grid of the rows of several."""
+    row_scales = torch.cat([grid.row_scales for grid in grids], 1)
+    multipliers = [grid.multipliers for grid in grids if grid.multipliers is not None]
+    return replace(grids[0], row_scales=row_scales, multipliers=torch.cat(multipliers, 1) if multipliers else None)
 
 
 def _nearest(wanted: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:

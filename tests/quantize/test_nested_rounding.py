@@ -119,6 +119,18 @@ def test_one_code_serves_all_widths():
     assert error(cut(bank, 2)) < 0.6 * error(cut(sharing, 2))
 
 
+@pytest.mark.parametrize("group", [0, 32])
+def test_rows_are_rounded_alike_in_slabs(monkeypatch, group):
+    weights, hessian = problem(experts=2, rows=11, cols=40)
+    inputs = study(hessian, ["a", "b"], Settings())
+    whole = encode(weights, inputs, Scheme(4, group, code="nested"), Settings())
+    monkeypatch.setattr("moecompress.quantize.encode.NESTED_SLAB", 3 * 2 * 40)
+    slabs = encode(weights, inputs, Scheme(4, group, code="nested"), Settings())
+    assert torch.allclose(whole.error, slabs.error, rtol=0.02)
+    before, after = whole.bank.tensors(), slabs.bank.tensors()
+    assert all((before[name] == after[name]).double().mean() > 0.97 for name in before)
+
+
 @pytest.mark.parametrize("settings", [Settings(method="rtn"), Settings(refine=0), Settings(order="natural")])
 def test_the_reported_error_is_that_of_all_bits(settings):
     weights, hessian = problem()
