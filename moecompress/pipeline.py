@@ -32,7 +32,7 @@ from moecompress.model.anatomy import EXPERT, Anatomy
 from moecompress.model.checkpoint import copy_companions, read_config, write_index, write_text
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates
-from moecompress.pack.scheme import Scheme
+from moecompress.pack.scheme import NESTED, Scheme
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
@@ -308,8 +308,9 @@ def fixed_bytes(job: Job, schemes: list[str]) -> int:
         elif info.role != EXPERT:
             size += info.nbytes
             names += len(info.name) + 90
+    entries = 6 if any(Scheme.parse(name).code == NESTED for name in schemes) else 4
     for moe in opened.anatomy.moe.values():
-        per_bank = 4 * (len(moe.module) + 130)
+        per_bank = entries * (len(moe.module) + 130)
         names += len(moe.layout.projections) * min(len(schemes), moe.layout.experts) * per_bank + 130
     shards = opened.anatomy.num_layers + len(rest_shards(opened))
     return size + names + 100 * shards

@@ -128,13 +128,17 @@ class CalibrationRecipe(_Section):
         return self
 
 
+_GROUPED = ("int", "nested")
+
+
 class CandidateRecipe(_Section):
     """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized."""
 
-    code: Literal["int", "trellis", "ternary", "sign"] = "int"
-    #: int: 2, 3, 4, 8; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4; not given for ternary (1.6) and sign (1)
+    code: Literal["int", "nested", "trellis", "ternary", "sign"] = "int"
+    #: int: 2, 3, 4, 8; nested: 3 or 4, and any fewer down to 2 when loading; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4;
+    #: not given for ternary (1.6) and sign (1)
     bits: Annotated[float, BeforeValidator(_no_bool)]
-    #: int: columns that share a scale; 0: the whole row
+    #: int and nested: columns that share a scale; 0: the whole row
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
     #: int: without zero points
     symmetric: bool = True
@@ -142,7 +146,8 @@ class CandidateRecipe(_Section):
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: float, info: ValidationInfo) -> float:
-        known = {"trellis": TRELLIS_RATES, "ternary": (1.6,), "sign": (1,)}.get(info.data.get("code", "int"), (2, 3, 4, 8, 16))
+        special = {"nested": (3, 4), "trellis": TRELLIS_RATES, "ternary": (1.6,), "sign": (1,)}
+        known = special.get(info.data.get("code", "int"), (2, 3, 4, 8, 16))
         if value not in known:
             *others, last = (f"{bits:g}" for bits in known)
             raise ValueError("should be " + (f"{', '.join(others)} or {last}" if others else last))
@@ -164,13 +169,15 @@ class CandidateRecipe(_Section):
         fixed = {"ternary": 1.6, "sign": 1}.get(value.get("code", "int"))
         if fixed is not None:
             value = {"bits": fixed} | value
-        grouped = value.get("code", "int") == "int" and value.get("bits") not in (16, "16")
+        grouped = value.get("code", "int") in _GROUPED and value.get("bits") not in (16, "16")
         return value if grouped else {"group": 0} | value
 
     @model_validator(mode="after")
     def _only_integers_have_groups(self) -> CandidateRecipe:
-        if (self.code != "int" or self.bits == 16) and (self.group != 0 or not self.symmetric):
+        if (self.code not in _GROUPED or self.bits == 16) and (self.group != 0 or not self.symmetric):
             raise ValueError("only a candidate of 2, 3, 4 or 8-bit integers has group and symmetric")
+        if self.code == "nested" and not self.symmetric:
+            raise ValueError("a nested candidate has no zeros; leave out symmetric")
         return self
 
 

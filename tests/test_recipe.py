@@ -150,6 +150,8 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("allocate: {candidates: []}\n", "at least 1 item"),
         ("allocate: {candidates: [{bits: 2}, {bits: 2}]}\n", "listed twice"),
         ("allocate: {candidates: [{group: 64}]}\n", "is missing"),
+        ("allocate: {candidates: [{code: nested, bits: 2}]}\n", "should be 3 or 4"),
+        ("allocate: {candidates: [{code: nested, bits: 4, symmetric: false}]}\n", "a nested candidate has no zeros"),
         ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers"),
         ("allocate: {allocator: pmq, granularity: layer}\n", "decides per expert"),
         ("quantize: {hessian: g3}\n", "'1', 'g' or 'g2'"),

@@ -40,6 +40,9 @@ Resume = Annotated[
         "--resume/--fresh", help="Go on behind the last finished layer of a killed run (default), or start over."
     ),
 ]
+LoadBits = Annotated[
+    int | None, typer.Option("--load-bits", help="Load nested matrices at fewer bits than the file has (recipes/matryoshka.yaml).")
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that the model folder brings. Only if you trust it."),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Trust, print_json, size_text
+from moecompress.cli.common import Json, LoadBits, Model, Trust, print_json, size_text
 
 
 def command(
@@ -23,6 +23,7 @@ def command(
         bool, typer.Option("--speed/--no-speed", help="Also load the model and time one-token decoding.")
     ] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON record here.")] = None,
+    load_bits: LoadBits = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -38,7 +39,7 @@ def command(
     """
     from moecompress.evaluate.report import evaluate
 
-    record = evaluate(model, reference, text, sequences, length, dtype, speed, trust_remote_code)
+    record = evaluate(model, reference, text, sequences, length, dtype, speed, trust_remote_code, load_bits)
     if output is not None:
         import json
 

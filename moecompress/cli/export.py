@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, print_json, size_text
+from moecompress.cli.common import Json, LoadBits, print_json, size_text
 
 
 def command(
@@ -17,6 +17,7 @@ def command(
         str, typer.Option("--format", help="dense: ordinary safetensors that plain transformers loads.")
     ] = "dense",
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
+    load_bits: LoadBits = None,
     json_: Json = False,
 ) -> None:
     """Write a compressed model in another format.
@@ -29,7 +30,7 @@ def command(
     """
     from moecompress.export import export
 
-    record = export(model, output, format_, dtype)
+    record = export(model, output, format_, dtype, load_bits)
     if json_:
         print_json(record)
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Trust, print_json
+from moecompress.cli.common import Json, LoadBits, Model, Trust, print_json
 
 
 def command(
@@ -16,6 +16,7 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 picks the most likely token every time.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
+    load_bits: LoadBits = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -37,7 +38,7 @@ def command(
     folder = resolve(model)
     Checkpoint(folder)  # reads every header: transformers would trip over a damaged one with words of its own
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    loaded = load(folder, trust_remote_code=trust_remote_code)
+    loaded = load(folder, trust_remote_code=trust_remote_code, load_bits=load_bits)
 
     import torch
     from transformers import TextStreamer

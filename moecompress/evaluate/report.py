@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moecompress.calibrate.data import token_batches
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import compare, trace
+from moecompress.model.anatomy import IGNORED
 from moecompress.model.checkpoint import resolve
 from moecompress.model.skeleton import compute_dtype, load_tokenizer
 from moecompress.model.walk import OpenModel
@@ -25,40 +26,43 @@ DECODE_TOKENS = 32
 
 
 def evaluate(model: str, reference: str, text: str, sequences: int, length: int, dtype: str = "auto", speed: bool = True,
-             trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
+             trust_remote_code: bool = False, load_bits: int | None = None) -> dict[str, Any]:  # fmt: skip
     """See `moecompress evaluate --help`. ``model`` may be compressed or not (then its own divergence is measured)."""
     original = resolve(reference)
     tokens = token_batches(load_tokenizer(original, trust_remote_code), text, sequences, length)
-    record = measure(resolve(model), original, tokens.ids, dtype, speed, trust_remote_code)
+    record = measure(resolve(model), original, tokens.ids, dtype, speed, trust_remote_code, load_bits)
     return record | {"model": str(model), "reference": str(reference), "text": text}
 
 
 def measure(folder: Path, original: Path, ids: torch.Tensor, dtype: str = "auto", speed: bool = True,
-            trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
-    """The record of `moecompress evaluate` for token ids [N, L]."""
+            trust_remote_code: bool = False, load_bits: int | None = None) -> dict[str, Any]:  # fmt: skip
+    """The record of `moecompress evaluate` for token ids [N, L]. Sizes are of what is loaded at ``load_bits``."""
     verify_files(folder)
     batches = list(ids.split(1))
     precision = compute_dtype(original, dtype)
     first = OpenModel(original, precision, trust_remote_code)
-    second = OpenModel(folder, first.dtype, trust_remote_code, prepare=prepare(folder))
+    second = OpenModel(folder, first.dtype, trust_remote_code, prepare=prepare(folder, load_bits=load_bits))
     if set(first.anatomy.moe) != set(second.anatomy.moe) or first.config.vocab_size != second.config.vocab_size:
         raise UserError(f"{folder} was not made from {original}", expected=f"{len(first.anatomy.moe)} MoE layers, vocabulary "
                         f"{first.config.vocab_size}", got=f"{len(second.anatomy.moe)} and {second.config.vocab_size}",
                         remedy="pass the original as --reference")  # fmt: skip
     divergence = compare(second, batches, trace(first, batches))
     files = sorted(folder.glob("*.safetensors"))
-    packed = expert_bytes(files)
+    left_out = 0 if load_bits is None else sum(t.nbytes for t in second.anatomy.tensors if t.role == IGNORED and "_banks." in t.name)
+    packed = expert_bytes(files) - left_out
     record = divergence.summary()
     record |= {
         "model": folder.name,
         "reference": original.name,
         "compute_dtype": str(first.dtype).removeprefix("torch."),
         "bits_per_weight": 8 * (packed or _dense_expert_bytes(second)) / first.anatomy.expert_weights,
-        "total_bytes": sum(file.stat().st_size for file in files),
+        "total_bytes": sum(file.stat().st_size for file in files) - left_out,
         "reference_bytes": sum(file.stat().st_size for file in original.glob("*.safetensors")),
     }
+    if load_bits is not None:
+        record["load_bits"] = load_bits
     if speed:
-        record["tokens_per_second"] = decode_speed(load(folder, trust_remote_code=trust_remote_code), ids[0])
+        record["tokens_per_second"] = decode_speed(load(folder, trust_remote_code=trust_remote_code, load_bits=load_bits), ids[0])
     record["peak_memory_bytes"] = peak_memory()
     return record
 

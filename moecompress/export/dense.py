@@ -25,8 +25,9 @@ from moecompress.runtime.skipping import KEY
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
-    """Dequantize ``model`` (a folder of `moecompress quantize`) into ``output``, one decoder layer at a time."""
+def export(model: Path, output: Path, dtype: str, load_bits: int | None = None) -> dict[str, Any]:
+    """Dequantize ``model`` (a folder of `moecompress quantize`) into ``output``, one decoder layer at a time. ``load_bits``: of
+    nested integers (None: all)."""
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}", expected=", ".join(DTYPES))
     refuse_target(output)
@@ -34,10 +35,10 @@ def export(model: Path, output: Path, dtype: str) -> dict[str, Any]:
         raise UserError(f"{model} is not a compressed folder", expected="quant_method moecompress in config.json",
                         remedy="pass a folder made by `moecompress quantize`")  # fmt: skip
     verify_files(model)
+    opened = OpenModel(model, DTYPES[dtype], prepare=prepare(model, load_bits=load_bits))
     work = work_folder(output)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    opened = OpenModel(model, DTYPES[dtype], prepare=prepare(model))
     shards: list[Path] = []
     plain = build_skeleton(load_config(model))
     for layer in track([None, *range(opened.anatomy.num_layers)], "export"):

@@ -1,4 +1,4 @@
-"""A scheme names how a matrix is stored: "b3g64s" (integers), "t2_5" (trellis), "ternary", "sign", "b16" (as it was)."""
+"""A scheme names how a matrix is stored: "b3g64s" (integers), "n4g64s" (nested ones), "t2_5" (trellis), "ternary", "sign", "b16" (as it was)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moecompress.errors import UserError
 from moecompress.recipe import TRELLIS_RATES
 
-INT, TRELLIS, TERNARY, SIGN = "int", "trellis", "ternary", "sign"
+INT, TRELLIS, TERNARY, SIGN, NESTED = "int", "trellis", "ternary", "sign", "nested"
 
 
 @dataclass(frozen=True, order=True)
@@ -23,9 +23,12 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``t2_5`` (2.5 bits; names of modules have no points), or ``b16``."""
+        """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``n4g64s`` (nested), ``t2_5`` (2.5 bits; names of modules have no
+        points), or ``b16``."""
         if self.code == TRELLIS:
             return f"t{self.bits:g}".replace(".", "_")
+        if self.code == NESTED:
+            return f"n{self.bits:g}g{self.group}s"
         if self.code != INT:
             return self.code
         return "b16" if self.bits == 16 else f"b{self.bits:g}g{self.group}{'s' if self.symmetric else 'a'}"
@@ -35,11 +38,11 @@ class Scheme:
         """The scheme of that name; UserError if it is none."""
         if name in _PLAIN:
             return _PLAIN[name]
-        match = re.fullmatch(r"b(2|3|4|8)g(0|32|64|128)([sa])", name)
+        match = re.fullmatch(r"b(2|3|4|8)g(0|32|64|128)([sa])", name) or re.fullmatch(r"n(3|4)g(0|32|64|128)(s)", name)
         if match is None:
             raise UserError(f"no storage scheme is called {name!r}",
-                            expected="a name such as b3g64s, b4g128a, t2_5, ternary, sign or b16")  # fmt: skip
-        return cls(int(match[1]), int(match[2]), match[3] == "s")
+                            expected="a name such as b3g64s, b4g128a, n4g64s, t2_5, ternary, sign or b16")  # fmt: skip
+        return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
 
     def fitted(self, cols: int) -> Scheme:
         """The same for a matrix of ``cols`` columns: a group that holds the whole row needs no multipliers."""
@@ -50,7 +53,7 @@ class Scheme:
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
-        from moecompress.pack import int_format, ternary, trellis
+        from moecompress.pack import int_format, nested, ternary, trellis
 
         if self.code == TRELLIS:
             return trellis.stored_bytes(rows, cols, self.bits)
@@ -58,6 +61,8 @@ class Scheme:
             return ternary.ternary_bytes(rows, cols)
         if self.code == SIGN:
             return ternary.sign_bytes(rows, cols)
+        if self.code == NESTED:
+            return nested.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group)
         return int_format.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric)
 
 

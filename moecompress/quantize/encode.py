@@ -1,5 +1,5 @@
 """One way to codes, for every scheme. Integers: fit a grid, round by GPTQ, then alternate scale refits and coordinate
-descent. Trellis and rows of two or three values: in their own files."""
+descent. Nested integers, trellis and rows of two or three values: in their own files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
+from moecompress.pack import nested as nested_format
 from moecompress.pack.int_format import IntBank, pack
-from moecompress.pack.scheme import SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.nested import NestedBank
+from moecompress.pack.scheme import INT, NESTED, SIGN, TERNARY, TRELLIS, Scheme
 from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
 from moecompress.pack.trellis import TrellisBank
-from moecompress.quantize import gptq, ternary, trellis
+from moecompress.quantize import gptq, nested, ternary, trellis
 from moecompress.quantize.grid import Grid, fit
-from moecompress.quantize.hessian import factor
+from moecompress.quantize.hessian import damped, factor
+
+#: Nested codes need a copy of the weights for each width: so many weights, rows of all experts, are rounded at a time.
+NESTED_SLAB = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ)."""
+    """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits."""
 
-    bank: IntBank | TrellisBank | TernaryBank | SignBank
+    bank: IntBank | NestedBank | TrellisBank | TernaryBank | SignBank
     error: torch.Tensor
 
 
@@ -85,7 +90,7 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
     """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike."""
     experts, _, cols = weights.shape
     if settings.method == "rtn" and inputs is not None:
-        inputs = None if scheme.code != "int" else inputs
+        inputs = None if scheme.code not in (INT, NESTED) else inputs
     if scheme.code == TRELLIS:
         turned = trellis.alike(experts, cols) if inputs is None or inputs.turned is None else inputs.turned
         coded = trellis.encode(weights, turned, scheme.bits, settings.seed)
@@ -95,14 +100,17 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
     bits = int(scheme.bits)
     if inputs is None or settings.method == "rtn":
         hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
-        grid = fit(weights, hessian.diagonal(dim1=-2, dim2=-1), bits, scheme.group, scheme.symmetric)
-        codes = gptq.rtn(weights, grid)
+        grid, codes = _to_nearest(weights, hessian.diagonal(dim1=-2, dim2=-1), scheme)
     else:
         hessian = inputs.hessian
         grid, codes = _feedback(weights, inputs, scheme, settings)
     lost = gptq.row_errors(weights, hessian, gptq.values(codes, grid)).sum(-1)
     whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
-    bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, bits, scheme.group)
+    bank: IntBank | NestedBank
+    if scheme.code == NESTED:
+        bank = nested_format.pack(codes, grid.row_scales, grid.multipliers, bits, scheme.group)
+    else:
+        bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, bits, scheme.group)
     return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
 
 
@@ -113,19 +121,39 @@ def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, se
     return Encoded(pack_ternary(coded.trits, coded.levels), coded.error)
 
 
+def _to_nearest(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> tuple[Grid, torch.Tensor]:
+    if scheme.code == NESTED:
+        grid = nested.fit(weights, importance, int(scheme.bits), scheme.group)
+        return grid, nested.rtn(weights, grid)
+    grid = fit(weights, importance, int(scheme.bits), scheme.group, scheme.symmetric)
+    return grid, gptq.rtn(weights, grid)
+
+
 def _feedback(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> tuple[Grid, torch.Tensor]:
-    hessian, cols = inputs.hessian, weights.shape[-1]
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    grid = fit(weights, diagonal, int(scheme.bits), scheme.group, scheme.symmetric)
-    codes = gptq.gptq(weights, inputs.upper, inputs.order, grid)
     # The descent optimises the Hessian itself; damping keeps it from chasing directions that calibration never saw.
-    damped = hessian + torch.diag_embed(
-        (settings.damping * diagonal.mean(-1)).clamp_min(1e-30)[:, None].expand(-1, cols)
-    )
-    target = weights @ damped if settings.refine else weights
+    steady = damped(inputs.hessian, settings.damping)
+    if scheme.code != NESTED:
+        return _rows_with_feedback(weights, inputs, steady, scheme, settings)
+    slabs = weights.split(max(1, NESTED_SLAB // weights[:, 0].numel()), dim=1)
+    parts = [_rows_with_feedback(slab, inputs, steady, scheme, settings) for slab in slabs]
+    return nested.join([grid for grid, _ in parts]), torch.cat([codes for _, codes in parts], 1)
+
+
+def _rows_with_feedback(weights: torch.Tensor, inputs: Inputs, steady: torch.Tensor, scheme: Scheme, settings: Settings
+                        ) -> tuple[Grid, torch.Tensor]:  # fmt: skip
+    diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1)
+    if scheme.code == NESTED:
+        grid = nested.fit(weights, diagonal, int(scheme.bits), scheme.group)
+        codes = nested.gptq(weights, inputs.upper, inputs.order, grid)
+        refit, descend = nested.refit, nested.descend
+    else:
+        grid = fit(weights, diagonal, int(scheme.bits), scheme.group, scheme.symmetric)
+        codes = gptq.gptq(weights, inputs.upper, inputs.order, grid)
+        refit, descend = gptq.refit, gptq.descend
+    target = weights @ steady if settings.refine else weights
     for _ in range(settings.refine):
-        grid = gptq.refit(target, damped, codes, grid)
-        codes = gptq.descend(weights, damped, codes, grid)
+        grid = refit(target, steady, codes, grid)
+        codes = descend(weights, steady, codes, grid)
     return grid, codes
 
 
@@ -170,6 +198,5 @@ def _nearest(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Se
     if scheme.code in (TERNARY, SIGN):
         levels = ternary.fit(weights, "sign" if scheme.code == SIGN else settings.ternary)
         return ternary.values(ternary.rtn(weights, levels), levels)
-    diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1)
-    grid = fit(weights, diagonal, int(scheme.bits), scheme.fitted(weights.shape[-1]).group, scheme.symmetric)
-    return gptq.values(gptq.rtn(weights, grid), grid)
+    grid, codes = _to_nearest(weights, inputs.hessian.diagonal(dim1=-2, dim2=-1), scheme.fitted(weights.shape[-1]))
+    return gptq.values(codes, grid)

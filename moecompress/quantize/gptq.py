@@ -119,7 +119,12 @@ def refit(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid
         multipliers = None if grid.multipliers is None else grid.multipliers.contiguous().clone()
         rounding.refit(codes, grid.all_zeros(), hessian.contiguous(), target.contiguous(), grid.scales(), grid.width, steps, multipliers)
         return Grid(grid.bits, grid.group, steps.to(torch.bfloat16), multipliers, grid.zeros, grid.cols)
-    left, right = _normal_equations(target, hessian, codes, grid)
+    return solve_scales(*normal_equations(target, hessian, codes, grid), grid)
+
+
+def solve_scales(left: torch.Tensor, right: torch.Tensor, grid: Grid) -> Grid:
+    """The grid with the scales of each row that solve left [E, o, G, G] · scales = right [E, o, G], rounded to what is stored;
+    rows that do not gain keep theirs."""
     diagonal = left.diagonal(dim1=-2, dim2=-1)
     ridge = torch.diag_embed(diagonal * 1e-4 + diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-30)
     solved, failed = torch.linalg.solve_ex(left + ridge, right.unsqueeze(-1))
@@ -136,8 +141,8 @@ def refit(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid
     return Grid(grid.bits, grid.group, kept, multipliers, grid.zeros, grid.cols)
 
 
-def _normal_equations(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid
-                      ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def normal_equations(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid
+                     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """float64 [E, o, G, G] and [E, o, G]: of the least-squares problem for the scales of each row."""
     width, groups = grid.width, grid.scales().shape[-1]
     _, zero = grid.by_column()

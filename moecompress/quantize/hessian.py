@@ -54,6 +54,12 @@ def factor(hessian: torch.Tensor, damping: float, names: list[str], allow_fallba
     return upper, fallen
 
 
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """H + λI for H [E, i, i], λ = damping · mean diag H of each."""
+    extra = (damping * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(1e-30)
+    return hessian + torch.diag_embed(extra[:, None].expand(-1, hessian.shape[-1]))
+
+
 def damped_cholesky(hessian: torch.Tensor, damping: float) -> torch.Tensor | None:
     """Lower factor of H + λI for H [i, i], λ = damping · mean diag H, raised tenfold up to four times; None if that fails."""
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny * len(hessian))

@@ -6,13 +6,14 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import ternary, trellis
+from moecompress.pack import nested, ternary, trellis
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.scheme import NESTED, SIGN, TERNARY, TRELLIS, Scheme
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -47,6 +48,38 @@ class IntegerBank(PackedBank):
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return grouped_matmul(x, slots, self.bank())
+
+
+class NestedIntegers(IntegerBank):
+    """Nested integers as they lie in the file, at ``bits`` bits; the tensors that these do not need are not there.
+
+    For walks that bring weights in and out. What stays in memory is `settled`.
+    """
+
+    def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, bits: int):
+        super().__init__(scheme, count, rows, cols, dtype)
+        self.bits = bits
+        for name in unused_planes(scheme, bits):
+            delattr(self, name)
+        self._merged = WeakTensorKeyDictionary()  # by the codes: what was made of them goes when they go
+
+    def bank(self) -> IntBank:
+        planes = {name: getattr(self, name) for name in nested.plane_names(self.bits)}
+        stored = nested.NestedBank(self.codes, planes, self.row_scales, getattr(self, "scales", None), int(self.scheme.bits),
+                                   self.scheme.group, self.cols)  # fmt: skip
+        if not planes:
+            return nested.as_integers(stored)
+        if self.codes not in self._merged:
+            self._merged[self.codes] = nested.as_integers(stored)
+        return self._merged[self.codes]
+
+    def settled(self) -> IntegerBank:
+        """The same matrices as a bank of ordinary integers."""
+        whole = self.bank()
+        bank = IntegerBank(Scheme(whole.bits, whole.group), 0, self.rows, self.cols, torch.uint8)
+        for name, tensor in whole.tensors().items():
+            setattr(bank, name, tensor)
+        return bank
 
 
 class DenseBank(PackedBank):
@@ -87,15 +120,20 @@ class FewValues(PackedBank):
         return ternary_matmul.matmul(x, slots, self.bank())
 
 
-def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> PackedBank:
-    """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation."""
+def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0, load_bits: int | None = None
+              ) -> PackedBank:  # fmt: skip
+    """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation; ``load_bits``: at most so many
+    bits of nested integers (None: all)."""
+    if scheme.code == NESTED:
+        bits = int(scheme.bits) if load_bits is None else min(load_bits, int(scheme.bits))
+        return NestedIntegers(scheme, count, rows, cols, dtype, bits)
     kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
 
 def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype) -> Tensors:
-    """Names, dtypes and shapes of a bank's tensors."""
+    """Names, dtypes and shapes of a bank's tensors in the file."""
     if scheme.bits == 16:
         return {"weight": (dtype, (count, rows, cols))}
     if scheme.code == TRELLIS:
@@ -105,6 +143,9 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
         return {"codes": (torch.uint8, (count, rows, -(-cols // 5))), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == SIGN:
         return {"codes": (torch.uint8, (count, rows, -(-cols // 8))), "scales": (torch.bfloat16, (count, rows))}
+    if scheme.code == NESTED:
+        planes = {name: (torch.uint8, (count, rows, nested.plane_bytes(cols))) for name in nested.plane_names(int(scheme.bits))}
+        return planes | bank_tensors(Scheme(nested.BASE, scheme.group), count, rows, cols, dtype)
     bits = int(scheme.bits)
     tensors: Tensors = {
         "codes": (torch.uint8, (count, rows, row_bytes(cols, bits))),
@@ -115,6 +156,11 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
     if not scheme.symmetric:
         tensors["zeros"] = (torch.uint8, (count, rows, zero_bytes(cols, bits, scheme.group)))
     return tensors
+
+
+def unused_planes(scheme: Scheme, load_bits: int) -> list[str]:
+    """Tensors of a bank of nested integers that are not needed at ``load_bits`` bits."""
+    return [name for name in nested.plane_names(int(scheme.bits)) if name not in nested.plane_names(load_bits)]
 
 
 def turn(x: torch.Tensor, seed: int) -> torch.Tensor:

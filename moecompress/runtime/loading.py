@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from moecompress.model.anatomy import rehearse
 from moecompress.model.checkpoint import read_config, read_header, sha256_file
 from moecompress.model.experts import resolve
 from moecompress.model.skeleton import Loader
-from moecompress.pack.scheme import Scheme
+from moecompress.pack import nested
+from moecompress.pack.scheme import NESTED, Scheme
 from moecompress.runtime import seam
-from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
+from moecompress.runtime.bank import IntegerBank, unused_planes
+from moecompress.runtime.packed import PackedExperts, PackedLinear, pack_experts_in_place
 from moecompress.runtime.registration import METHOD, MoecompressConfig
 from moecompress.runtime.skipping import apply, read_policy
 
@@ -39,11 +43,13 @@ def check_files(model: PreTrainedModel, files: list[Path], verify: bool) -> None
 def install(model: nn.Module, config: MoecompressConfig) -> None:
     """Replace experts and linear layers of a (weightless) model by packed ones, and switch the experts seam on."""
     dtype = getattr(torch, config.dtype)
+    if config.load_bits is not None:
+        leave_out(model, config.experts, config.load_bits)
     model.config._is_quantized = True  # as in from_pretrained: Jamba rounds differently then
     for name, contents in config.experts.items():
         name = resolve(model, name)
         module: Any = model.get_submodule(name)
-        pack_experts_in_place(module, contents, dtype, config.rotation_seed)
+        pack_experts_in_place(module, contents, dtype, config.rotation_seed, config.load_bits)
         # Some families initialise the experts from the block around them, and would miss the weights that went.
         model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         module.config._experts_implementation = seam.NAME
@@ -56,39 +62,105 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
             setattr(model.get_submodule(parent), leaf, new)
 
 
+def leave_out(model: Any, experts: dict[str, dict[str, dict[str, int]]], load_bits: int) -> None:
+    """Let the loader pass over what ``load_bits`` bits of nested integers do not need. UserError for other numbers of bits."""
+    schemes = _nested(name for contents in experts.values() for banks in contents.values() for name in banks)
+    known = nested.widths(int(max((scheme.bits for scheme in schemes), default=0)))
+    if load_bits not in known:
+        raise UserError(f"This model cannot be loaded at {load_bits} bits", expected=", ".join(map(str, known)) or "no number of bits",
+                        got=load_bits, remedy="choose one of these, or load all bits" if known else "leave --load-bits out: none of its matrices "
+                        "is nested (a candidate {code: nested, bits: 4} of the recipe makes such)")  # fmt: skip
+    unused = [rf"_banks\.{scheme.name}\.{plane}$" for scheme in schemes for plane in unused_planes(scheme, load_bits)]
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unused}
+
+
+def _nested(names: Iterable[str]) -> list[Scheme]:
+    return [scheme for scheme in map(Scheme.parse, sorted(set(names))) if scheme.code == NESTED]
+
+
+def to_store(model: Any) -> dict[str, torch.Tensor] | None:
+    """The tensors that `save_pretrained` shall write, None for those in memory. Tells the model's config what they are.
+
+    Nested integers with all their bits go back to planes. Loaded at fewer bits, they are written as the ordinary integers
+    they have become, in one bank with the matrices that have this scheme anyway.
+    """
+    became = {f"{name}.{projection}_banks.{key}": (Scheme.parse(key), bank)
+              for name, module in model.named_modules() if isinstance(module, PackedExperts)
+              for projection in module.contents for key, bank in module.banks(projection).items()
+              if isinstance(bank, IntegerBank) and bank.scheme.name != key}  # fmt: skip
+    if not became:
+        return None
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        where, _, leaf = name.rpartition(".")
+        parts = {leaf: tensor}
+        if where in became:
+            scheme, bank = became[where]
+            if bank.scheme.bits < scheme.bits:
+                where = where.removesuffix(scheme.name) + bank.scheme.name
+            elif leaf == "codes":
+                whole = nested.from_integers(bank.bank())
+                parts = {"codes": whole.codes, **whole.planes}
+        for leaf, part in parts.items():
+            there = tensors.get(f"{where}.{leaf}")
+            tensors[f"{where}.{leaf}"] = part if there is None else torch.cat([there, part])
+    renamed = {scheme.name: bank.scheme.name for scheme, bank in became.values() if bank.scheme.bits < scheme.bits}
+    config = model.config.quantization_config
+    for contents in config.experts.values():
+        for projection, banks in contents.items():
+            counts: Counter[str] = Counter()
+            for name, count in banks.items():
+                counts[renamed.get(name, name)] += count
+            contents[projection] = dict(counts)
+    return tensors
+
+
 def is_packed(folder: Path) -> bool:
     return (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD
 
 
-def prepare(folder: Path, skipping: bool = True) -> Callable[[PreTrainedModel], None] | None:
+def prepare(folder: Path, skipping: bool = True, load_bits: int | None = None) -> Callable[[PreTrainedModel], None] | None:
     """For `OpenModel`: what to do to the skeleton of this folder (None: nothing; the checkpoint is an ordinary one).
-    ``skipping`` False: wake all chosen experts, whatever policy the folder has."""
+    ``skipping`` False: wake all chosen experts, whatever policy the folder has. ``load_bits``: see `load`."""
     settings, policy = read_config(folder).get("quantization_config") or {}, read_policy(folder) if skipping else None
     packed = is_packed(folder)
+    if not packed and load_bits is not None:
+        raise _not_packed(folder)
     if not packed and (settings or policy is None):
         return None
 
     def change(model: PreTrainedModel) -> None:
         if packed:
-            install(model, MoecompressConfig(**settings))
+            install(model, MoecompressConfig(**settings | {"load_bits": load_bits}))
         if policy is not None:
             apply(model, policy)
 
     return change
 
 
-def load(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder, compressed or not, ready to generate; weights stay packed."""
+def load(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, load_bits: int | None = None
+         ) -> PreTrainedModel:  # fmt: skip
+    """The model of a folder, compressed or not, ready to generate; weights stay packed. ``load_bits``: how many bits of
+    nested integers (None: all); UserError if the folder cannot be loaded so."""
     from transformers import AutoModelForCausalLM
 
     from moecompress.model.skeleton import architecture, load_config, quiet_transformers
 
-    with quiet_transformers():
+    if load_bits is not None and not is_packed(folder):
+        raise _not_packed(folder)
+    chosen = {} if load_bits is None else {"quantization_config": MoecompressConfig(load_bits=load_bits)}
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         found = architecture(load_config(folder, trust_remote_code)) or AutoModelForCausalLM
-        model = found.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        model = found.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **chosen).eval()
     if not is_packed(folder) and (policy := read_policy(folder)) is not None:  # packed: from_pretrained applied it
         apply(model, policy)
     return model
+
+
+def _not_packed(folder: Path) -> UserError:
+    return UserError(f"{folder} cannot be loaded at fewer bits", expected="a folder made by `moecompress quantize` from nested candidates",
+                     got="an ordinary checkpoint", remedy="leave --load-bits out")  # fmt: skip
 
 
 def verify_files(folder: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from moecompress.errors import UserError
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
 from moecompress.pack.scheme import Scheme
-from moecompress.runtime.bank import make_bank, turn, turn_back
+from moecompress.runtime.bank import NestedIntegers, make_bank, turn, turn_back
 from moecompress.runtime.dispatch import by_expert, crowded
 
 
@@ -17,16 +17,18 @@ class PackedExperts(nn.Module):
 
     ``contents``: projection -> scheme name -> number of experts. Which experts is data: the buffer ``<bank>.experts``.
     ``seed``: of the rotation, one for the whole model, so that gate and up of all experts share the rotated input.
+    ``load_bits``: of nested integers (None: all).
     """
 
-    def __init__(self, layout: ExpertsLayout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int = 0):
+    def __init__(self, layout: ExpertsLayout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int = 0,
+                 load_bits: int | None = None):  # fmt: skip
         super().__init__()
         self.layout, self.contents, self.seed = layout, contents, seed
         for projection, schemes in contents.items():
             rows, cols = layout.shape(projection)
             banks = nn.ModuleDict()
             for name, count in schemes.items():
-                bank = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed)
+                bank = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed, load_bits)
                 bank.register_buffer("experts", torch.empty(count, dtype=torch.int32))
                 banks[name] = bank
             self.add_module(f"{projection}_banks", banks)
@@ -43,6 +45,15 @@ class PackedExperts(nn.Module):
                 raise UserError(f"The experts listed in {name}.{projection}_banks are damaged",
                                 expected=f"each of 0 to {self.layout.experts - 1} once", got=listed.tolist(),
                                 remedy="copy or compress the folder again")  # fmt: skip
+
+    def settle(self) -> None:
+        """Once loaded: nested integers become ordinary ones, under the name of what the file has."""
+        for projection in self.contents:
+            banks = self.banks(projection)
+            for name, bank in banks.items():
+                if isinstance(bank, NestedIntegers):
+                    banks[name] = bank.settled()
+                    banks[name].register_buffer("experts", bank.experts)
 
     def slot_table(self, projection: str, name: str, device: torch.device) -> torch.Tensor:
         """int32 [E + 1]: where in the bank an expert is, −1 if elsewhere; the last entry serves routing sentinels."""
@@ -146,8 +157,8 @@ class PackedLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.packed.scheme.name}"
 
 
-def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int
-                          ) -> PackedExperts:  # fmt: skip
+def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int,
+                          load_bits: int | None = None) -> PackedExperts:  # fmt: skip
     """Turn an experts module into a packed one: its weight parameters go, banks come, everything else stays.
 
     The guard: a parameter under the name of a weight, with a shape that cannot match. A transformers without moecompress
@@ -155,7 +166,7 @@ def pack_experts_in_place(module: nn.Module, contents: dict[str, dict[str, int]]
     dimensions because some families transpose whatever comes under that name.
     """
     layout = layout_of(module)
-    packed = PackedExperts(layout, contents, dtype, seed)
+    packed = PackedExperts(layout, contents, dtype, seed, load_bits)
     for name in layout.parameters:
         del module._parameters[name]
     module.down_proj = nn.Parameter(torch.zeros(1, 1, 1, dtype=torch.uint8), requires_grad=False)

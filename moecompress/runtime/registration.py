@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,11 +23,13 @@ class MoecompressConfig(QuantizationConfigMixin):
 
     experts: experts module -> projection -> scheme -> how many experts. linears: scheme -> names of linear layers.
     dtype: name of the dtype of what is kept. rotation_seed: of the signs of the trellis format. verify:
-    compare every file with its sha256 in the manifest when loading.
+    compare every file with its sha256 in the manifest when loading. load_bits: how many bits of nested integers to load
+    (None: all). The last two are not stored: pass ``quantization_config=MoecompressConfig(load_bits=2)`` to `from_pretrained`.
     """
 
     def __init__(self, experts: dict | None = None, linears: dict | None = None, dtype: str = "bfloat16",
-                 version: int = FORMAT_VERSION, rotation_seed: int = 0, verify: bool = True, **_: Any):  # fmt: skip
+                 version: int = FORMAT_VERSION, rotation_seed: int = 0, verify: bool = True,
+                 load_bits: int | None = None, **_: Any):  # fmt: skip
         self.quant_method = METHOD
         self.version = version
         self.dtype = dtype
@@ -34,13 +37,18 @@ class MoecompressConfig(QuantizationConfigMixin):
         self.linears = linears or {}
         self.rotation_seed = rotation_seed
         self.verify = verify
+        self.load_bits = load_bits
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        return {"verify": self.verify}
+        return {"verify": self.verify, "load_bits": self.load_bits}
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "version": self.version, "dtype": self.dtype, "experts": self.experts,
                 "linears": self.linears, "rotation_seed": self.rotation_seed}  # fmt: skip
+
+
+# transformers asks only the classes of this list for loading attributes, and has no other way to join it.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, MoecompressConfig)
 
 
 @register_quantizer(METHOD)
@@ -77,11 +85,17 @@ class MoecompressQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 module.check(name)
+                module.settle()
         if self.policy is not None:
             from moecompress.runtime.skipping import apply
 
             apply(model, self.policy)
         return model
+
+    def get_state_dict_and_metadata(self, model) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        from moecompress.runtime import loading
+
+        return loading.to_store(model), {}
 
     def is_serializable(self) -> bool:
         return True

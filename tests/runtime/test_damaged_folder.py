@@ -111,6 +111,16 @@ def test_one_flipped_bit_is_named(where: float, folder: Path, moecompress) -> No
     refused(folder, SHARD, moecompress)
 
 
+def test_checking_every_byte_can_be_left_out(folder: Path) -> None:
+    from moecompress.runtime.registration import MoecompressConfig
+
+    data = bytearray((folder / SHARD).read_bytes())
+    data[-1] ^= 4
+    (folder / SHARD).write_bytes(data)
+    with pytest.warns(UserWarning, match="verify"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=MoecompressConfig(verify=False))
+
+
 def test_missing_shard_is_named(folder: Path, moecompress) -> None:
     (folder / SHARD).unlink()
     refused(folder, SHARD, moecompress)

@@ -13,31 +13,65 @@
 
 namespace {
 
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 constexpr int64_t kRows = 8;    // rows of a task: they share every row of the matrix that is streamed
 constexpr int64_t kBlock = 32;  // columns between two updates of everything behind them
+constexpr int kWidths = 3;      // numbers of bits that one nested code may serve
+constexpr int kNestedCodes = 16;
 
 struct Feedback {
-  const float* values;    // [n, rows, cols] weights (round) or pulls (descend), in the order of processing
+  const float* values;    // [n, rows, widths, cols] weights (round) or pulls (descend), in the order of processing
   const float* matrix;    // [n, cols, cols] upper factor (round) or Hessian (descend), in the order of processing
   const float* scales;    // [n, rows, groups]
   const float* zeros;     // [n, rows, groups]
   const int64_t* order;   // [n, cols] column that is processed at each step, or null
   uint8_t* codes;         // [n, rows, cols] in the columns' own order; read by descend, written by both
+  const float* balance;   // [widths] how much an error counts at bits - widths + 1, ..., bits bits; unused if widths is 1
   int64_t count, rows, cols, groups, width;
   int32_t bits;
   int32_t descend;
+  int32_t widths;         // 1, or of nested codes: the top bits - w bits of a code are rounded with their own feedback
 };
 
 INLINE float clamp_round(float x, float top) { return std::min(std::max(std::nearbyintf(x), 0.0f), top); }
 
-// One task: rows first .. first + n of expert e. work: kRows x stride floats. errors: kRows x kBlock floats.
-FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+// What nested codes stand for at each number of bits, in steps of the finest grid.
+struct NestedLevels {
+  float at[kWidths][kNestedCodes];
+  NestedLevels(int bits, int widths) {
+    for (int q = 0; q < widths; ++q) {
+      const int dropped = widths - 1 - q;
+      const float middle = static_cast<float>((1 << (bits - dropped)) - 1) / 2;
+      for (int c = 0; c < kNestedCodes; ++c) at[q][c] = (1 << dropped) * (static_cast<float>(c >> dropped) - middle);
+    }
+  }
+};
+
+// The code with the least balanced error over all numbers of bits, given what is wanted at each.
+template <int kCount>
+INLINE int nearest_nested(const NestedLevels& levels, const Feedback& f, const float* wanted, float s) {
+  float cost[kNestedCodes] = {};
+  for (int q = 0; q < kCount; ++q) {
+    for (int c = 0; c < kNestedCodes; ++c) {
+      const float d = s * levels.at[q][c] - wanted[q];
+      cost[c] += f.balance[q] * d * d;
+    }
+  }
+  int best = 0;
+  for (int c = 1; c < 1 << f.bits; ++c) best = cost[c] < cost[best] ? c : best;
+  return best;
+}
+
+// One task: n rows of work, those of rows first, first + 1, ... of expert e at all widths. work: kRows x stride floats.
+// errors: kRows x kBlock floats. kCount: f.widths.
+template <int kCount>
+INLINE void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
   const int64_t cols = f.cols, stride = (cols + kLane - 1) / kLane * kLane;
   const float top = static_cast<float>((1 << f.bits) - 1);
   const float* matrix = f.matrix + e * cols * cols;
+  const NestedLevels levels(f.bits, kCount);
   for (int64_t r = 0; r < n; ++r) {
-    std::memcpy(work + r * stride, f.values + (e * f.rows + first + r) * cols, cols * sizeof(float));
+    std::memcpy(work + r * stride, f.values + ((e * f.rows + first) * kCount + r) * cols, cols * sizeof(float));
   }
   for (int64_t begin = 0; begin < cols; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, cols);
@@ -47,24 +81,38 @@ FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, 
       const float pivot = line[j];
       const int64_t column = f.order ? f.order[e * cols + j] : j;
       const int64_t group = column / f.width;
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t row = e * f.rows + first + r;
+      for (int64_t r = 0; r < n; r += kCount) {
+        const int64_t row = e * f.rows + first + r / kCount;
         const float s = f.scales[row * f.groups + group], z = f.zeros[row * f.groups + group];
         uint8_t& code = f.codes[row * cols + column];
         float* w = work + r * stride;
-        float error;
-        if (f.descend) {
+        float error[kCount];
+        if constexpr (kCount > 1) {
+          const int old = code;
+          float wanted[kCount];
+          for (int q = 0; q < kCount; ++q) {
+            wanted[q] = f.descend ? s * levels.at[q][old] + w[q * stride + j] / pivot : w[q * stride + j];
+          }
+          const int fresh = nearest_nested<kCount>(levels, f, wanted, s);
+          for (int q = 0; q < kCount; ++q) {
+            const float value = s * levels.at[q][fresh];
+            error[q] = f.descend ? value - s * levels.at[q][old] : (wanted[q] - value) / pivot;
+          }
+          code = static_cast<uint8_t>(fresh);
+        } else if (f.descend) {
           const float old = static_cast<float>(code);
           const float fresh = clamp_round((s * (old - z) + w[j] / pivot) / s + z, top);
-          error = s * (fresh - old);
+          error[0] = s * (fresh - old);
           code = static_cast<uint8_t>(fresh);
         } else {
           const float fresh = clamp_round(w[j] / s + z, top);
-          error = (w[j] - s * (fresh - z)) / pivot;
+          error[0] = (w[j] - s * (fresh - z)) / pivot;
           code = static_cast<uint8_t>(fresh);
         }
-        errors[r * kBlock + j - begin] = error;
-        for (int64_t k = j + 1; k < end; ++k) w[k] -= error * line[k];
+        for (int q = 0; q < kCount; ++q, w += stride) {
+          errors[(r + q) * kBlock + j - begin] = error[q];
+          for (int64_t k = j + 1; k < end; ++k) w[k] -= error[q] * line[k];
+        }
       }
     }
     int64_t k = end;
@@ -85,6 +133,18 @@ FAST void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, 
       }
     }
   }
+}
+
+FAST void plain_rows(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+  feedback_rows<1>(f, e, first, n, work, errors);
+}
+
+FAST void rows_of_two_widths(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+  feedback_rows<2>(f, e, first, n, work, errors);
+}
+
+FAST void rows_of_three_widths(const Feedback& f, int64_t e, int64_t first, int64_t n, float* work, float* errors) {
+  feedback_rows<3>(f, e, first, n, work, errors);
 }
 
 struct Search {
@@ -279,9 +339,11 @@ void refit_row(const Refit& f, int64_t row, double* left, const double* right, d
 
 void feedback_task(const void* job, int64_t task, float* scratch) {
   const Feedback& f = *static_cast<const Feedback*>(job);
-  const int64_t per = (f.rows + kRows - 1) / kRows, stride = (f.cols + kLane - 1) / kLane * kLane;
-  const int64_t first = task % per * kRows;
-  feedback_rows(f, task / per, first, std::min(kRows, f.rows - first), scratch, scratch + kRows * stride);
+  const int64_t together = kRows / f.widths;  // rows of a task
+  const int64_t per = (f.rows + together - 1) / together, stride = (f.cols + kLane - 1) / kLane * kLane;
+  const int64_t first = task % per * together;
+  const auto rows = f.widths == 1 ? plain_rows : f.widths == 2 ? rows_of_two_widths : rows_of_three_widths;
+  rows(f, task / per, first, std::min(together, f.rows - first) * f.widths, scratch, scratch + kRows * stride);
 }
 
 void search_task(const void* job, int64_t row, float*) {
@@ -321,6 +383,7 @@ __attribute__((visibility("default"))) int moec_rounding_interface() { return kI
 
 __attribute__((visibility("default"))) int moec_feedback(const Feedback* f, Parallel parallel, int threads) {
   if (!sizes_fit(f->count, f->rows, f->cols, f->groups, f->width, f->bits)) return kBadSize;
+  if (f->widths < 1 || f->widths > kWidths || (f->widths > 1 && (f->bits > 4 || f->widths > f->bits))) return kBadSize;
   if (f->order != nullptr) {
     for (int64_t i = 0; i < f->count * f->cols; ++i) {
       if (f->order[i] < 0 || f->order[i] >= f->cols) return kBadOrder;
@@ -328,7 +391,7 @@ __attribute__((visibility("default"))) int moec_feedback(const Feedback* f, Para
   }
   const int64_t stride = (f->cols + kLane - 1) / kLane * kLane;
   Pool pool;
-  pool.tasks = f->count * ((f->rows + kRows - 1) / kRows);
+  pool.tasks = f->count * ((f->rows + kRows / f->widths - 1) / (kRows / f->widths));
   pool.run = feedback_task;
   pool.job = f;
   pool.scratch_floats = kRows * (stride + kBlock);
