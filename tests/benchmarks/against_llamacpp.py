@@ -23,11 +23,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moecompress.calibrate.data import token_batches
@@ -82,18 +82,15 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict]:
     seen = token_batches(tokenizer, arguments.calibration, arguments.sequences + 1, arguments.length)
     opened = OpenModel(arguments.model)
     base, importances = work / "base.gguf", work / f"imatrix-{seen.fingerprint[:8]}.gguf"
-    if not base.exists():
-        convert(arguments, opened, base)
+    make(base, lambda out: convert(arguments, opened, out))
     check_exact(opened, experts_of(arguments, base))
-    if not importances.exists():
-        text = "".join(tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in seen.ids)
-        compute_importances(arguments, text, base, importances)
+    text = "".join(tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in seen.ids)
+    make(importances, lambda out: compute_importances(arguments, text, base, out))
     unreached = without_tokens(arguments, importances)
     records = []
     for name in arguments.types:
         quantized = work / f"{name}-{seen.fingerprint[:8]}.gguf"
-        if not quantized.exists():
-            quantize(arguments, opened, base, importances, quantized, name)
+        make(quantized, lambda out, name=name: quantize(arguments, opened, base, importances, out, name))
         write_copy(arguments.model, opened, experts_of(arguments, quantized), work / "copy")
         record = measured(work / "copy", arguments.model, unseen) | sizes(arguments, opened, quantized)
         records.append(record | {"tool": "llama.cpp", "type": name, "experts_without_tokens": unreached})
@@ -116,15 +113,23 @@ def report(record: dict, quiet: bool) -> None:
 # --- llama.cpp's tools ----------------------------------------------------------------------------------------------
 
 
-def convert(arguments: argparse.Namespace, opened: OpenModel, base: Path) -> None:
+def make(path: Path, action: Callable[[Path], None]) -> None:
+    """A file has its name only once it is whole."""
+    if not path.exists():
+        partial = path.with_name("partial.gguf")
+        action(partial)
+        partial.rename(path)
+
+
+def convert(arguments: argparse.Namespace, opened: OpenModel, out: Path) -> None:
     run([sys.executable, "-c", CONVERT, str(arguments.converter.resolve()), arguments.pre_tokenizer,
-         "--outtype", OUTTYPES[opened.stored_dtype], "--outfile", str(base), str(arguments.model.resolve())])  # fmt: skip
+         "--outtype", OUTTYPES[opened.stored_dtype], "--outfile", str(out), str(arguments.model.resolve())])  # fmt: skip
 
 
-def compute_importances(arguments: argparse.Namespace, text: str, base: Path, importances: Path) -> None:
+def compute_importances(arguments: argparse.Namespace, text: str, base: Path, out: Path) -> None:
     source = base.with_name("calibration.txt")
     source.write_text(text, encoding="utf-8")
-    run([str(arguments.llamacpp / "llama-imatrix"), "-m", str(base), "-f", str(source), "-o", str(importances), "--no-ppl",
+    run([str(arguments.llamacpp / "llama-imatrix"), "-m", str(base), "-f", str(source), "-o", str(out), "--no-ppl",
          "-c", str(arguments.length), "-b", str(arguments.length), "--chunks", str(arguments.sequences)])  # fmt: skip
 
 
@@ -212,9 +217,9 @@ def write_copy(model: Path, opened: OpenModel, weights: dict[tuple[int, str], to
     """The checkpoint in float32 with other experts, under its own names."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     for layer, moe in opened.anatomy.moe.items():
-        mine: dict[str, torch.Tensor] = {p: weights[layer, p] for p in moe.layout.projections}
-        module: nn.Module = whole.get_submodule(moe.module)
-        module.load_state_dict(parameters_from(mine, moe.layout), strict=False)
+        module = whole.get_submodule(moe.module)
+        for name, tensor in parameters_from({p: weights[layer, p] for p in moe.layout.projections}, moe.layout).items():
+            module.get_parameter(name).copy_(tensor)
     whole.save_pretrained(copy)
 
 
