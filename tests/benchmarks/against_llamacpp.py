@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,15 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict]:
     seen = token_batches(tokenizer, arguments.calibration, arguments.sequences + 1, arguments.length)
     opened = OpenModel(arguments.model)
     base, importances = work / "base.gguf", work / f"imatrix-{seen.fingerprint[:8]}.gguf"
-    make(base, lambda out: convert(arguments, opened, out))
+    make(base, partial(convert, arguments, opened))
     check_exact(opened, experts_of(arguments, base))
     text = "".join(tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in seen.ids)
-    make(importances, lambda out: compute_importances(arguments, text, base, out))
+    make(importances, partial(compute_importances, arguments, text, base))
     unreached = without_tokens(arguments, importances)
     records = []
     for name in arguments.types:
         quantized = work / f"{name}-{seen.fingerprint[:8]}.gguf"
-        make(quantized, lambda out, name=name: quantize(arguments, opened, base, importances, out, name))
+        make(quantized, partial(quantize, arguments, opened, base, importances, name))
         write_copy(arguments.model, opened, experts_of(arguments, quantized), work / "copy")
         record = measured(work / "copy", arguments.model, unseen) | sizes(arguments, opened, quantized)
         records.append(record | {"tool": "llama.cpp", "type": name, "experts_without_tokens": unreached})
@@ -133,7 +134,7 @@ def compute_importances(arguments: argparse.Namespace, text: str, base: Path, ou
          "-c", str(arguments.length), "-b", str(arguments.length), "--chunks", str(arguments.sequences)])  # fmt: skip
 
 
-def quantize(arguments: argparse.Namespace, opened: OpenModel, base: Path, importances: Path, out: Path, name: str) -> None:
+def quantize(arguments: argparse.Namespace, opened: OpenModel, base: Path, importances: Path, name: str, out: Path) -> None:
     # The first pattern that fits decides. Patterns are looked at only if the file's own type is a quantized one: hence Q8_0,
     # which no tensor gets.
     plain = OUTTYPES[opened.stored_dtype]
