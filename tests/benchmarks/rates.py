@@ -3,15 +3,14 @@
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--markdown] [--only t2 b2g64a plan:2]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
-the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`). KL and perplexity by plain forward passes of
-transformers in float32. Encoding seconds are those of the whole walk: calibration passes, rounding, packing, writing.
+the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`). KL and perplexity as `moecompress evaluate` measures them, in
+float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk: calibration passes, rounding, packing, writing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -41,21 +40,23 @@ def main() -> None:
     tokenizer = load_tokenizer(given.model)
     tokens = token_batches(tokenizer, given.calibration, given.sequences + 4, given.length)
     unseen = token_batches(tokenizer, given.evaluation, given.evaluate, given.length).ids
+    from moecompress.evaluate.divergence import trace
+    from moecompress.model.walk import OpenModel
+
+    reference = trace(OpenModel(given.model, torch.float32), list(unseen.split(1)), "original on unseen text")
     rows = []
     if not given.json:
         print("| code | bits | bytes | KL | perplexity | top-1 | encoding, s |\n|---|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for method in given.only:
-            rows.append(run(given.model, method, tokens, unseen, Path(folder)))
+            rows.append(run(given.model, method, tokens, unseen, reference, Path(folder)))
             if not given.json:
                 print(markdown(rows[-1]), flush=True)
     if given.json:
         print(json.dumps(rows))
 
 
-def run(model: Path, method: str, tokens, unseen: torch.Tensor, work: Path) -> dict:
-    from transformers import AutoModelForCausalLM
-
+def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work: Path) -> dict:
     from moecompress import pipeline
     from moecompress.recipe import recipe_from
 
@@ -72,8 +73,8 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, work: Path) -> d
     record = pipeline.build(job, statistics, chosen, work / "built", "plan")
     seconds = time.perf_counter() - start
     out = work / "built" / "out"
-    result = {"method": method, "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds,
-              **measure(AutoModelForCausalLM.from_pretrained(out, dtype="float32"), model, unseen)}  # fmt: skip
+    measured = pipeline.load_and_measure(out, list(unseen.split(1)), reference, torch.float32).summary()
+    result = {"method": method, "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds, **measured}
     shutil.rmtree(work / "built")
     return result
 
@@ -87,25 +88,8 @@ def candidate(name: str) -> str:
     return f"{{code: {scheme.code}, bits: {scheme.bits}}}"
 
 
-def measure(compressed, model: Path, unseen: torch.Tensor) -> dict:
-    """Mean KL(original ‖ compressed), perplexity and top-1 agreement by plain forward passes of both models."""
-    from transformers import AutoModelForCausalLM
-
-    original = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    kl, loss, same, tokens = 0.0, 0.0, 0, 0
-    with torch.no_grad():
-        for ids in unseen.split(2):
-            p = torch.log_softmax(original(ids).logits.float(), -1)
-            q = torch.log_softmax(compressed(ids).logits.float(), -1)
-            kl += float((p.exp() * (p - q)).sum())
-            loss -= float(q[:, :-1].gather(-1, ids[:, 1:, None]).mean()) * len(ids)
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            tokens += ids.numel()
-    return {"kl": kl / tokens, "perplexity": math.exp(loss / len(unseen)), "top1": same / tokens}
-
-
 def markdown(row: dict) -> str:
-    return (f"| {row['method']} | {row['bits']:.3f} | {row['bytes']:,} | {row['kl']:.5f} | {row['perplexity']:.2f} | {row['top1']:.2%} "
+    return (f"| {row['method']} | {row['bits']:.3f} | {row['bytes']:,} | {row['kl_mean']:.5f} | {row['perplexity']:.2f} | {row['top1_agreement']:.2%} "
             f"| {row['seconds']:.1f} |")  # fmt: skip
 
 
