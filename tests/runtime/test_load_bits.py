@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moecompress import pipeline
+from moecompress.calibrate.data import token_batches
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import Checkpoint
+from moecompress.model.skeleton import load_tokenizer
 from moecompress.pack.int_format import unpack_codes
 from moecompress.recipe import recipe_from
 from moecompress.runtime.loading import load
@@ -76,7 +78,7 @@ def unpack_codes_of_one_bit(plane: torch.Tensor, cols: int) -> torch.Tensor:
 
 
 def test_divergence_falls_with_the_width_and_walks_agree_with_transformers(folder, tiny_model, text_file, moecompress, tmp_path):
-    ids = pipeline.token_batches(pipeline.load_tokenizer(tiny_model), str(text_file), 4, 48).ids
+    ids = token_batches(load_tokenizer(tiny_model), str(text_file), 4, 48).ids
     measured, sizes = {}, {}
     with torch.no_grad():
         p = plain(tiny_model)(ids).logits.log_softmax(-1)
