@@ -4,12 +4,16 @@ glibc serves blocks of up to 32 MB from heaps that it hardly ever shrinks, and t
 that glibc does not use again: after a few layers such heaps hold several layers' worth of holes. With a fixed, low threshold
 every large block is a mapping of its own, gone when freed. Its pages must be zeroed each time, which costs a small model
 half of its speed; so a model of small layers keeps the heap, and its holes, which are small then.
+
+oneDNN, which multiplies bfloat16 for torch, keeps the code it made for the last 1024 shapes of products, a third of a megabyte
+each: as every expert gets another number of tokens, that grows from layer to layer. For big layers it keeps a few.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 
 import torch
@@ -19,10 +23,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 BIG_LAYER = 128 * 1024**2
 #: For big layers, blocks from the first size on are mapped. For small ones from the second, and the third stays in the heap.
 MAPPED, MAPPED_SMALL, KEPT_SMALL = 64 * 1024, 32 * 1024**2, 512 * 1024**2
+#: Shapes that oneDNN keeps code for.
+SHAPES_KEPT = "32"
 
 
 def arrange_heap(layer_bytes: int) -> None:
     """For the whole process, from now on. Other C libraries than glibc do something like it on their own."""
+    if layer_bytes >= BIG_LAYER:  # oneDNN looks when it first multiplies, and exports no function for it
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES_KEPT)
     call = _glibc("mallopt")
     if call is not None and layer_bytes >= BIG_LAYER:
         call(_M_MMAP_THRESHOLD, MAPPED)
