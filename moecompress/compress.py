@@ -92,7 +92,7 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
                     record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
                                              work.layer_shard(layer, total))  # fmt: skip
                     work.keep_record(layer, record)
-                    outputs = [walk.run(lane) for lane in range(len(walk.waiting))] if again else []
+                    outputs = walk.run_all() if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
     merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}

@@ -43,6 +43,9 @@ Resume = Annotated[
 LoadBits = Annotated[
     int | None, typer.Option("--load-bits", help="Load nested matrices at fewer bits than the file has (recipes/matryoshka.yaml).")
 ]
+MaxKl = Annotated[
+    float | None, typer.Option("--max-kl", min=0, help="Stop if the result is further from the original: nats, default 2.")
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that the model folder brings. Only if you trust it."),
@@ -75,6 +78,11 @@ def refuse_steps(recipe: Recipe, command: str) -> None:
                         got=", ".join(step.method for step in recipe.transform),
                         remedy="run `moecompress prune` with the recipe, then this on its result with --set transform=[]; or let "
                         "`moecompress quantize --dry-run` do both")  # fmt: skip
+
+
+def without_tensors(record: dict, output: Path) -> dict:
+    """What a command shows of a record: all but the fate of every tensor."""
+    return {key: value for key, value in record.items() if key != "tensors"} | {"output": str(output)}
 
 
 def print_json(record: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Text, Trust, print_json
+from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Text, Trust, print_json, without_tensors
 
 MINUTES = 30.0
 
@@ -82,7 +82,7 @@ def command(
     settings = Settings(steps, minutes, top_logits, cross_entropy, kd_share, rate, warmup, weight_decay, clip,
                         made.compute.micro_batch, accumulate, check_every, made.compute.seed)  # fmt: skip
     record = distill(model, teacher, output, made, settings, train, fresh=not resume, trust_remote_code=trust_remote_code)
-    shown = {key: value for key, value in record.items() if key != "tensors"} | {"output": str(output)}
+    shown = without_tensors(record, output)
     if json_:
         print_json(shown)
     else:

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust, print_json, size_text
+from moecompress.cli.common import (
+    Json,
+    MaxKl,
+    Model,
+    Overrides,
+    RecipeFile,
+    Resume,
+    Text,
+    Trust,
+    print_json,
+    size_text,
+    without_tensors,
+)
 from moecompress.errors import UserError
 
 
@@ -25,9 +37,7 @@ def command(
     protect: Annotated[
         list[str] | None, typer.Option("--protect", help="An expert that must stay, e.g. L03.E017 (repeatable).")
     ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0, help="Stop if the result is further from the original: nats, default 2.")
-    ] = None,
+    max_kl: MaxKl = None,
     text: Text = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
@@ -74,7 +84,7 @@ def command(
 
 def show(record: dict, output: Path, json_: bool) -> None:
     """What was done, but the fate of every tensor."""
-    shown = {key: value for key, value in record.items() if key != "tensors"} | {"output": str(output)}
+    shown = without_tensors(record, output)
     if json_:
         print_json(shown)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Resume, Text, Trust
+from moecompress.cli.common import Json, MaxKl, Model, Overrides, RecipeFile, Resume, Text, Trust
 
 
 def command(
@@ -22,9 +22,7 @@ def command(
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Refit each down matrix on its calibration activations.")
     ] = True,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0, help="Stop if the result is further from the original: nats, default 2.")
-    ] = None,
+    max_kl: MaxKl = None,
     text: Text = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,

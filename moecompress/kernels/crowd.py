@@ -55,6 +55,19 @@ def multiply(x: Tensor, slots: Tensor, dense: list[int], rows: int, dtype: torch
     return y
 
 
+def by_matrix(x: Tensor, slots: Tensor, chosen: list[int], rows: int, dtype: torch.dtype, matrix: Callable[[int], Tensor]) -> Tensor:
+    """Row s is ``matrix(slots[s])`` (rows × cols, ``dtype``) times row s of x, where it is in ``chosen``; zeros elsewhere.
+
+    -> (S, rows), x.dtype; products and sums in ``dtype``, rounded once.
+    """
+    y = x.new_zeros(x.shape[0], rows)
+    for slot in chosen:
+        if slot >= 0:
+            at = torch.nonzero(slots == slot).squeeze(-1)
+            y[at] = (x[at].to(dtype) @ matrix(slot).T).to(x.dtype)
+    return y
+
+
 def _multiply_dense(x: Tensor, at: Tensor, slot: int, dtype: torch.dtype, unpack: Unpack, y: Tensor) -> None:
     """y[at] = x[at] times the matrix ``slot``, unpacked a strip of rows at a time into the same buffer."""
     whole = len(at) == len(x)  # no row has another matrix: nothing to gather

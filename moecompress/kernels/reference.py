@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moecompress.kernels.crowd import by_matrix
 from moecompress.pack.int_format import IntBank, dequantize
 
 
@@ -24,10 +25,8 @@ def grouped_matmul(
     Products and sums are in float32 and rounded once.
     """
     bank = IntBank(codes, row_scales, scales, zeros, bits, group, x.shape[1])
-    result = x.new_zeros(x.shape[0], bank.rows)
-    for slot in slots.unique().tolist():
-        if slot >= 0:
-            chosen = torch.nonzero(slots == slot).squeeze(-1)
-            weight = dequantize(bank, index=slice(slot, slot + 1))[0]  # (rows, cols)
-            result[chosen] = (x[chosen].float() @ weight.T).to(x.dtype)
-    return result
+
+    def matrix(slot: int) -> Tensor:
+        return dequantize(bank, index=slice(slot, slot + 1))[0]
+
+    return by_matrix(x, slots, slots.unique().tolist(), bank.rows, torch.float32, matrix)

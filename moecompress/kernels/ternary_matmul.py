@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
-from moecompress.kernels import library
+from moecompress.kernels import crowd, library
 from moecompress.pack import dictionary, ternary
 from moecompress.pack.dictionary import LONGEST, DictionaryBank
-from moecompress.pack.fields import demand, wrong
+from moecompress.pack.fields import wrong
 from moecompress.pack.ternary import SignBank, TernaryBank
 from moecompress.progress import notice
 
@@ -109,13 +109,7 @@ def _shape(bank: Bank) -> tuple[int, int]:
     if not isinstance(bank, DictionaryBank):
         ternary.check(bank)
         return bank.codes.shape[0], bank.codes.shape[1]
-    if bank.cols < 1:
-        raise UserError("a packed matrix needs columns", expected="cols >= 1", got=bank.cols)
-    if bank.ends.dim() != 2:
-        raise wrong("ends", "2 dimensions (n, rows)", f"shape {tuple(bank.ends.shape)}")
-    demand("ends", bank.ends, torch.int32, tuple(bank.ends.shape))
-    demand("words", bank.words, torch.uint16, (bank.words.numel(),))
-    demand("levels", bank.levels, torch.bfloat16, (*bank.ends.shape, 2))
+    dictionary.check(bank)
     return bank.ends.shape[0], bank.ends.shape[1]
 
 
@@ -130,41 +124,26 @@ def _matmul(x: Tensor, slots: Tensor, codes: Tensor, levels: Tensor, ends: Tenso
     bank = _bank(codes, levels, ends, prices, x.shape[1])
     count, rows = _shape(bank)
     if codes.device.type != "cpu" or not _native_ready():
-        _check_range("slots", slots, -1, count)
-        return _by_matrix(x, slots, bank, torch.float32, slots.unique().tolist())
+        crowd.check_range("slots", slots, -1, count)
+        return _by_matrix(x, slots, slots.unique().tolist(), bank, rows, torch.float32)
     x, slots, wanted = x.contiguous(), slots.contiguous(), x.dtype
     return _on_cpu(x.float() if wanted == torch.float16 else x, slots, bank, count, rows).to(wanted)
 
 
 def _on_cpu(x: Tensor, slots: Tensor, bank: Bank, count: int, rows: int) -> Tensor:
-    crowded = _crowded(slots, CROWD[x.dtype])
+    crowded = crowd.crowded(slots, CROWD[x.dtype])
     if not crowded:
         return _multiply(x, slots, bank, count, rows)
-    _check_range("slots", slots, -1, count)
-    y = _by_matrix(x, slots, bank, x.dtype, crowded)
+    crowd.check_range("slots", slots, -1, count)
+    y = _by_matrix(x, slots, crowded, bank, rows, x.dtype)
     rest = torch.nonzero(torch.isin(slots, torch.tensor(crowded), invert=True) & (slots >= 0)).squeeze(-1)
     if len(rest):
         y[rest] = _multiply(x[rest], slots[rest], bank, count, rows)
     return y
 
 
-def _crowded(slots: Tensor, crowd: int) -> list[int]:
-    """The matrices that at least ``crowd`` rows of x want."""
-    if slots.shape[0] < crowd:
-        return []
-    chosen, rows = slots.unique(return_counts=True)
-    return [slot for slot in chosen[rows >= crowd].tolist() if slot >= 0]
-
-
-def _by_matrix(x: Tensor, slots: Tensor, bank: Bank, dtype: torch.dtype, chosen: list[int]) -> Tensor:
-    """The product for the chosen matrices, unpacked one at a time as ``dtype``; zeros elsewhere."""
-    y = x.new_zeros(x.shape[0], _shape(bank)[1])
-    for slot in chosen:
-        if slot >= 0:
-            at = torch.nonzero(slots == slot).squeeze(-1)
-            weight = _unpack(bank, dtype, torch.tensor([slot]))[0]  # (rows, cols)
-            y[at] = (x[at].to(dtype) @ weight.T).to(x.dtype)
-    return y
+def _by_matrix(x: Tensor, slots: Tensor, chosen: list[int], bank: Bank, rows: int, dtype: torch.dtype) -> Tensor:
+    return crowd.by_matrix(x, slots, chosen, rows, dtype, lambda slot: _unpack(bank, dtype, torch.tensor([slot]))[0])
 
 
 def _dequantize(codes: Tensor, levels: Tensor, ends: Tensor | None, prices: list[int], cols: int, dtype: torch.dtype,
@@ -173,7 +152,7 @@ def _dequantize(codes: Tensor, levels: Tensor, ends: Tensor | None, prices: list
     count, _ = _shape(bank)
     if index is None:
         index = torch.arange(count)
-    _check_range("index", index, 0, count)
+    crowd.check_range("index", index, 0, count)
     return _unpack(bank, dtype, index.cpu())
 
 
@@ -233,16 +212,6 @@ def _run(function: str, bank: Bank, count: int, rows: int, tensors: dict[str, Te
 def _refused(name: str, expected: str, tensor: Tensor) -> UserError:
     got = f"{tensor.dtype} {tuple(tensor.shape)}"
     return UserError(f"ternary_matmul cannot use {name}", expected=expected, got=got)
-
-
-def _check_range(name: str, values: Tensor, lowest: int, count: int) -> None:
-    """Raise UserError unless every value is in lowest ... count - 1."""
-    if values.numel() and (int(values.min()) < lowest or int(values.max()) >= count):
-        raise UserError(
-            f"{name} point outside the bank of {count} matrices",
-            expected=f"{lowest} ... {count - 1}",
-            got=f"{int(values.min())} ... {int(values.max())}",
-        )
 
 
 @cache

@@ -120,11 +120,11 @@ def _trellis_matmul(x: Tensor, slots: Tensor, stream: Tensor, scales: Tensor, ra
     if stream.device.type == "cpu" and _ready():
         return _on_cpu(x.contiguous(), slots, bank)
     crowd.check_range("slots", slots, -1, len(scales))
-    y = x.new_zeros(x.shape[0], rows)
-    for slot in slots.unique().tolist():
-        if slot >= 0:
-            y[slots == slot] = x[slots == slot] @ trellis.dequantize(_selected(bank, slice(slot, slot + 1)))[0].T
-    return y
+
+    def matrix(slot: int) -> Tensor:
+        return trellis.dequantize(_selected(bank, slice(slot, slot + 1)))[0]
+
+    return crowd.by_matrix(x, slots, slots.unique().tolist(), rows, torch.float32, matrix)
 
 
 def _on_cpu(x: Tensor, slots: Tensor, bank: TrellisBank) -> Tensor:

@@ -226,6 +226,10 @@ class Walk:
         for lane, output in enumerate(outputs):
             self.memory.kept[lane, CHANGING] = [output]
 
+    def run_all(self) -> list[Any]:
+        """`run` of every micro-batch."""
+        return [self.run(lane) for lane in range(len(self.waiting))]
+
     def step(self, lane: int, output: Any) -> None:
         """Give a micro-batch its layer output and let the model carry it to the next layer (or to its end)."""
         for part in output if isinstance(output, tuple) else (output,):

@@ -125,7 +125,7 @@ def pack(trits: Tensor, levels: Tensor, prices: tuple[int, int]) -> DictionaryBa
         raise UserError("too many words for one bank", expected="fewer than 2**31", remedy="split the bank")
     ends = counts.cumsum(0).to(torch.int32).view(trits.shape[:2])
     bank = DictionaryBank(words.to(torch.uint16), ends, levels.contiguous(), prices, trits.shape[-1])
-    _check_tensors(bank)
+    check(bank)
     return bank
 
 
@@ -161,7 +161,7 @@ def pair_symbols(trits: Tensor) -> Tensor:
 
 def decode(bank: DictionaryBank, first: int = 0, last: int | None = None) -> Tensor:
     """Trits uint8 (last − first, rows, cols) of matrices first ... last − 1. UserError if they are damaged."""
-    _check_tensors(bank)
+    check(bank)
     count, rows = bank.ends.shape
     last = count if last is None else last
     if not 0 <= first <= last <= count:
@@ -188,7 +188,8 @@ def dequantize(bank: DictionaryBank, dtype: torch.dtype = torch.float32, first: 
     return ternary.weights(decode(bank, first, last), bank.levels[first:last], dtype)
 
 
-def _check_tensors(bank: DictionaryBank) -> None:
+def check(bank: DictionaryBank) -> None:
+    """Raise UserError, naming the tensor, unless every tensor has the shape and dtype that the format demands."""
     if bank.cols < 1:
         raise UserError("a packed matrix needs columns", expected="cols >= 1", got=bank.cols)
     if bank.ends.dim() != 2:

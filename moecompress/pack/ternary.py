@@ -42,14 +42,24 @@ class SignBank:
         return {"codes": self.codes, "scales": self.scales}
 
 
+def trit_bytes(cols: int) -> int:
+    """Of a row's trits."""
+    return -(-cols // TRITS)
+
+
+def bit_bytes(cols: int) -> int:
+    """Of a row's signs."""
+    return -(-cols // 8)
+
+
 def ternary_bytes(rows: int, cols: int) -> int:
     """Exact bytes of one matrix in a ternary bank: trits and two levels a row."""
-    return rows * (-(-cols // TRITS) + 4)
+    return rows * (trit_bytes(cols) + 4)
 
 
 def sign_bytes(rows: int, cols: int) -> int:
     """Exact bytes of one matrix in a sign bank: bits and one scale a row."""
-    return rows * (-(-cols // 8) + 2)
+    return rows * (bit_bytes(cols) + 2)
 
 
 def pack_trits(trits: Tensor) -> Tensor:
@@ -116,10 +126,10 @@ def check(bank: TernaryBank | SignBank) -> None:
         raise wrong("codes", "3 dimensions (n, rows, bytes)", f"shape {tuple(bank.codes.shape)}")
     lead = tuple(bank.codes.shape[:2])
     if isinstance(bank, TernaryBank):
-        demand("codes", bank.codes, torch.uint8, (*lead, -(-bank.cols // TRITS)))
+        demand("codes", bank.codes, torch.uint8, (*lead, trit_bytes(bank.cols)))
         demand("levels", bank.levels, torch.bfloat16, (*lead, 2))
     else:
-        demand("codes", bank.codes, torch.uint8, (*lead, -(-bank.cols // 8)))
+        demand("codes", bank.codes, torch.uint8, (*lead, bit_bytes(bank.cols)))
         demand("scales", bank.scales, torch.bfloat16, lead)
 
 

@@ -14,13 +14,21 @@ from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.pack.fields import demand, unpack_plane
+from moecompress.recipe import TRELLIS_RATES
 
 WINDOW = 12
 TILE = 256  # weights
 ROW_STEPS = 4  # of a tile: a row of a tile is what four steps give, so that a kernel adds four products a row and value
+
+
+def _values(rate: float) -> int:
+    """Of a step: two, but four where a step of two would have no whole number of bits, and one where its windows would
+    overlap too little."""
+    return 1 if rate >= 3 else 2 if rate * 2 == int(rate * 2) else 4
+
+
 #: rate in bits a weight -> (bits, values) of a step
-RATES: dict[float, tuple[int, int]] = {0.5: (1, 2), 0.75: (3, 4), 1: (2, 2), 1.25: (5, 4), 1.5: (3, 2), 2: (4, 2), 2.5: (5, 2),
-                                       3: (3, 1), 4: (4, 1)}  # fmt: skip
+RATES: dict[float, tuple[int, int]] = {rate: (int(rate * _values(rate)), _values(rate)) for rate in TRELLIS_RATES}
 TABLE_STEP = 1 / 32  # value of one in the table
 
 

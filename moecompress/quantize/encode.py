@@ -89,10 +89,10 @@ def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: 
 def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
     """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike."""
     experts, _, cols = weights.shape
-    if settings.method == "rtn" and inputs is not None:
-        inputs = None if scheme.code not in (INT, NESTED) else inputs
+    if settings.method == "rtn" and scheme.code not in (INT, NESTED):
+        inputs = None  # rounding to nearest uses the inputs for the grids of integers alone
     if scheme.code == TRELLIS:
-        turned = trellis.alike(experts, cols) if inputs is None or inputs.turned is None else inputs.turned
+        turned = _turned(inputs, experts, cols)
         coded = trellis.encode(weights, turned, scheme.bits, settings.seed)
         return Encoded(coded.bank, coded.error)
     if scheme.code in (TERNARY, SIGN):
@@ -112,6 +112,13 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
     else:
         bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, bits, scheme.group)
     return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _turned(inputs: Inputs | None, experts: int, cols: int) -> trellis.Turned:
+    if inputs is None:
+        return trellis.alike(experts, cols)
+    assert inputs.turned is not None, "study() was not told of the trellis"
+    return inputs.turned
 
 
 def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:

@@ -19,10 +19,8 @@ from moecompress.quantize.hessian import damped_cholesky, refuse
 #: Standard deviation given to the weights before the search, by rate: low rates code a smaller ball. Found on normal data.
 SPREAD = {0.5: 1.4, 0.75: 1.25, 1: 1.1, 1.25: 1.08, 1.5: 1.02, 2: 0.98, 2.5: 0.94, 3: 0.92, 4: 0.85}
 
-
 #: Mean squared error per weight of unit variance, measured on normal data with the scale refitted, by rate.
 DISTORTION = {0.5: 0.529, 0.75: 0.383, 1: 0.274, 1.25: 0.202, 1.5: 0.143, 2: 0.0740, 2.5: 0.0387, 3: 0.0192, 4: 0.0051}
-
 
 #: Columns between two full updates; a multiple of every tile's columns.
 CHUNK = 128
@@ -96,7 +94,9 @@ def expected_error(weights: torch.Tensor, inputs: Turned, row_weight: torch.Tens
     row_weight [n, o]: rotation spreads errors over the rows, so their sum counts.
     """
     each = weights.square().mean((1, 2)).double() * row_weight.sum(1).double()
-    return torch.stack([each * _column_error(inputs, rate) for rate in rates], 1)
+    widths = {tile_shape(rate)[1] for rate in rates}
+    columns = {wide: _columns(inputs, wide) for wide in widths}
+    return torch.stack([each * _column_error(columns[tile_shape(rate)[1]], rate) for rate in rates], 1)
 
 
 def _search(units: torch.Tensor, feedback: torch.Tensor | None, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,12 +132,18 @@ def block_feedback(lower: torch.Tensor, wide: int) -> torch.Tensor:
     return result
 
 
-def _column_error(inputs: Turned, rate: float) -> torch.Tensor:
-    """Σ over columns of (diagonal of D) × (expected squared error of a code for weights of unit variance), float64 [n]."""
+def _columns(inputs: Turned, wide: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every column, float64 [n, i]: the diagonal of D in blocks of ``wide``, and the energy of the later columns' errors
+    that it makes up for, where theirs is one each."""
     if inputs.lower is None:
-        return DISTORTION[rate] * inputs.hessian.diagonal(dim1=-2, dim2=-1).sum(-1).double()
-    wide = tile_shape(rate)[1]
-    fed = block_feedback(inputs.lower, wide).square().sum(1).double()  # (n, i): error of later columns that a column makes up for
+        diagonal = inputs.hessian.diagonal(dim1=-2, dim2=-1).double()
+        return diagonal, torch.zeros_like(diagonal)
+    fed = block_feedback(inputs.lower, wide).square().sum(1).double()
     parts = [inputs.lower[:, first : first + wide, first : first + wide] for first in range(0, fed.shape[1], wide)]
-    pivots = torch.cat([part.square().sum(2, dtype=torch.float64) for part in parts], 1)  # (n, i), the diagonal of D
+    return torch.cat([part.square().sum(2, dtype=torch.float64) for part in parts], 1), fed
+
+
+def _column_error(columns: tuple[torch.Tensor, torch.Tensor], rate: float) -> torch.Tensor:
+    """Σ over columns of (diagonal of D) × (expected squared error of a code for weights of unit variance), float64 [n]."""
+    pivots, fed = columns
     return DISTORTION[rate] * (pivots * (1 + FED * DISTORTION[rate] * fed)).sum(1)

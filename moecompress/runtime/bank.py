@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
+from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
 from moecompress.pack import nested, ternary, trellis
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
@@ -140,9 +141,9 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
         down, across = trellis.tiles(rows, cols, scheme.bits)
         return {"stream": (torch.uint8, (count, down * across, trellis.tile_bytes(scheme.bits))), "scales": (torch.float32, (count,))}
     if scheme.code == TERNARY:
-        return {"codes": (torch.uint8, (count, rows, -(-cols // 5))), "levels": (torch.bfloat16, (count, rows, 2))}
+        return {"codes": (torch.uint8, (count, rows, ternary.trit_bytes(cols))), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == SIGN:
-        return {"codes": (torch.uint8, (count, rows, -(-cols // 8))), "scales": (torch.bfloat16, (count, rows))}
+        return {"codes": (torch.uint8, (count, rows, ternary.bit_bytes(cols))), "scales": (torch.bfloat16, (count, rows))}
     if scheme.code == NESTED:
         planes = {name: (torch.uint8, (count, rows, nested.plane_bytes(cols))) for name in nested.plane_names(int(scheme.bits))}
         return planes | bank_tensors(Scheme(nested.BASE, scheme.group), count, rows, cols, dtype)
@@ -181,12 +182,7 @@ def _signs(size: int, seed: int, device: torch.device) -> torch.Tensor:
 @torch.library.custom_op("moecompress::grouped_dense", mutates_args=())
 def grouped_dense(x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The same for matrices that are not packed: x [S, cols], slots [S], weight [n, rows, cols] -> [S, rows]."""
-    y = x.new_zeros(x.shape[0], weight.shape[1])
-    for slot in slots.unique().tolist():
-        if slot >= 0:
-            rows = (slots == slot).nonzero().squeeze(1)
-            y[rows] = x[rows] @ weight[slot].to(x.dtype).T
-    return y
+    return by_matrix(x, slots, slots.unique().tolist(), weight.shape[1], x.dtype, lambda slot: weight[slot].to(x.dtype))
 
 
 @grouped_dense.register_fake

@@ -93,7 +93,7 @@ def _rewrite_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Calibr
     moe = opened.anatomy.moe.get(layer)
     if moe is None:
         record: dict[str, Any] = {}
-        outputs = _run(walk)
+        outputs = walk.run_all()
     else:
         site = Site(opened, smaller, moe, capture_layer(walk, moe, calibration), calibration)
         changed, record = change(site)
@@ -105,14 +105,10 @@ def _rewrite_layer(walk: Walk, smaller: Smaller, layer: int, calibration: Calibr
         _replace_layer(opened, smaller, layer, changed)
         module = site.module  # the smaller one
         with recording(opened.model.get_submodule(moe.module.rpartition(".")[0]), module) as recorder:
-            outputs = _run(walk)
+            outputs = walk.run_all()
         record["output_error"] = before.error(module, recorder.capture(calibration.mask))
     write_shard(work.layer_shard(layer, len(opened.layers)), tensors)
     return record, outputs
-
-
-def _run(walk: Walk) -> list[Any]:
-    return [walk.run(lane) for lane in range(len(walk.waiting))]
 
 
 def _on_disk(opened: OpenModel, smaller: Smaller, changed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

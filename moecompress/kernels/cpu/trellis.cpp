@@ -9,6 +9,7 @@
 // Tail-biting: a first search over the steps around the seam finds the overlap there, a second one, of all steps, is held to it.
 // The plain-torch decoder is in pack/trellis.py; the tests hold this file to it and to an exhaustive search.
 #include "pool.h"
+#include "trellis_codes.h"
 
 #include <cstdint>
 #include <cstring>
@@ -157,17 +158,10 @@ INLINE void encode_pair(const Encode& e, int64_t pair, const Search* s) {
 }
 
 FAST void encode_any(const Encode& e, int64_t pair, const Search* s) {
-  switch (e.vector * 16 + e.bits) {
-    case 1 * 16 + 3: return encode_pair<3, 1>(e, pair, s);
-    case 1 * 16 + 4: return encode_pair<4, 1>(e, pair, s);
-    case 2 * 16 + 1: return encode_pair<1, 2>(e, pair, s);
-    case 2 * 16 + 2: return encode_pair<2, 2>(e, pair, s);
-    case 2 * 16 + 3: return encode_pair<3, 2>(e, pair, s);
-    case 2 * 16 + 4: return encode_pair<4, 2>(e, pair, s);
-    case 2 * 16 + 5: return encode_pair<5, 2>(e, pair, s);
-    case 4 * 16 + 3: return encode_pair<3, 4>(e, pair, s);
-    case 4 * 16 + 5: return encode_pair<5, 4>(e, pair, s);
-  }
+#define MOEC_CASE(B, V) \
+  case code_number(B, V): return encode_pair<B, V>(e, pair, s);
+  switch (code_number(e.bits, e.vector)) { MOEC_TRELLIS_CODES(MOEC_CASE) }
+#undef MOEC_CASE
 }
 
 constexpr int64_t kCosts = kStates / 2 + kLane;
@@ -184,12 +178,6 @@ void encode_task(const void* job, int64_t pair, float* scratch) {
     scratch += kSearchFloats;
   }
   encode_any(*static_cast<const Encode*>(job), pair, searches);
-}
-
-bool known(int bits, int vector) {
-  if (vector == 1) return bits == 3 || bits == 4;
-  if (vector == 2) return bits >= 1 && bits <= 5;
-  return vector == 4 && (bits == 3 || bits == 5);
 }
 
 }  // namespace

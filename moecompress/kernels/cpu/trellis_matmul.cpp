@@ -6,6 +6,7 @@
 // Whatever a file can influence is compared with the sizes of the memory behind it before anything is read; the bits of a
 // stream may be any.
 #include "pool.h"
+#include "trellis_codes.h"
 
 #include <cmath>
 #include <vector>
@@ -73,12 +74,6 @@ bool has_bytes(const void* data, int64_t bytes, int64_t a, int64_t b, int64_t ea
   int64_t all;
   if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &all) || __builtin_mul_overflow(all, each, &all)) return false;
   return bytes == all && (all == 0 || data != nullptr);
-}
-
-bool known(int bits, int vector) {
-  if (vector == 1) return bits == 3 || bits == 4;
-  if (vector == 2) return bits >= 1 && bits <= 5;
-  return vector == 4 && (bits == 3 || bits == 5);
 }
 
 int64_t high(const Bank& b) { return 64 / b.vector; }  // rows and columns of a tile
@@ -151,17 +146,10 @@ INLINE void decode_tiles(const Bank& b, const uint8_t* stream, int64_t tiles, in
 }
 
 FAST void decode(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride) {
-  switch (b.vector * 16 + b.bits) {
-    case 1 * 16 + 3: return decode_tiles<3, 1>(b, stream, tiles, out, stride);
-    case 1 * 16 + 4: return decode_tiles<4, 1>(b, stream, tiles, out, stride);
-    case 2 * 16 + 1: return decode_tiles<1, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 2: return decode_tiles<2, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 3: return decode_tiles<3, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 4: return decode_tiles<4, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 5: return decode_tiles<5, 2>(b, stream, tiles, out, stride);
-    case 4 * 16 + 3: return decode_tiles<3, 4>(b, stream, tiles, out, stride);
-    case 4 * 16 + 5: return decode_tiles<5, 4>(b, stream, tiles, out, stride);
-  }
+#define MOEC_CASE(B, V) \
+  case code_number(B, V): return decode_tiles<B, V>(b, stream, tiles, out, stride);
+  switch (code_number(b.bits, b.vector)) { MOEC_TRELLIS_CODES(MOEC_CASE) }
+#undef MOEC_CASE
 }
 
 int64_t prepared_floats(const Bank& b) { return blocks(b) * kBlock + kLane; }  // padded with zeros
@@ -501,17 +489,10 @@ void multiply_as(const Strip& s) {
 
 void multiply(const Strip& s) {
   std::fill(s.sums[0], s.sums[0] + kMostTogether * kMostRows, 0.0f);
-  switch (s.bank->vector * 16 + s.bank->bits) {
-    case 1 * 16 + 3: return multiply_as<3, 1>(s);
-    case 1 * 16 + 4: return multiply_as<4, 1>(s);
-    case 2 * 16 + 1: return multiply_as<1, 2>(s);
-    case 2 * 16 + 2: return multiply_as<2, 2>(s);
-    case 2 * 16 + 3: return multiply_as<3, 2>(s);
-    case 2 * 16 + 4: return multiply_as<4, 2>(s);
-    case 2 * 16 + 5: return multiply_as<5, 2>(s);
-    case 4 * 16 + 3: return multiply_as<3, 4>(s);
-    case 4 * 16 + 5: return multiply_as<5, 4>(s);
-  }
+#define MOEC_CASE(B, V) \
+  case code_number(B, V): return multiply_as<B, V>(s);
+  switch (code_number(s.bank->bits, s.bank->vector)) { MOEC_TRELLIS_CODES(MOEC_CASE) }
+#undef MOEC_CASE
 }
 
 template <int B, int V>
@@ -545,17 +526,10 @@ void decode_as(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out,
 }
 
 void decode(const Bank& b, const uint8_t* stream, int64_t tiles, int8_t* out, int64_t stride) {
-  switch (b.vector * 16 + b.bits) {
-    case 1 * 16 + 3: return decode_as<3, 1>(b, stream, tiles, out, stride);
-    case 1 * 16 + 4: return decode_as<4, 1>(b, stream, tiles, out, stride);
-    case 2 * 16 + 1: return decode_as<1, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 2: return decode_as<2, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 3: return decode_as<3, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 4: return decode_as<4, 2>(b, stream, tiles, out, stride);
-    case 2 * 16 + 5: return decode_as<5, 2>(b, stream, tiles, out, stride);
-    case 4 * 16 + 3: return decode_as<3, 4>(b, stream, tiles, out, stride);
-    case 4 * 16 + 5: return decode_as<5, 4>(b, stream, tiles, out, stride);
-  }
+#define MOEC_CASE(B, V) \
+  case code_number(B, V): return decode_as<B, V>(b, stream, tiles, out, stride);
+  switch (code_number(b.bits, b.vector)) { MOEC_TRELLIS_CODES(MOEC_CASE) }
+#undef MOEC_CASE
 }
 
 const Kernels kernels = {"avx512_vbmi", 16, prepared_floats, kSegment * kTile / 4, prepare, multiply, decode};
@@ -676,17 +650,10 @@ void multiply_as(const Strip& s) {
 void multiply(const Strip& s) {
   if (s.together <= 2) return vbmi::multiply(s);
   std::fill(s.sums[0], s.sums[0] + s.together * kMostRows, 0.0f);
-  switch (s.bank->vector * 16 + s.bank->bits) {
-    case 1 * 16 + 3: return multiply_as<3, 1>(s);
-    case 1 * 16 + 4: return multiply_as<4, 1>(s);
-    case 2 * 16 + 1: return multiply_as<1, 2>(s);
-    case 2 * 16 + 2: return multiply_as<2, 2>(s);
-    case 2 * 16 + 3: return multiply_as<3, 2>(s);
-    case 2 * 16 + 4: return multiply_as<4, 2>(s);
-    case 2 * 16 + 5: return multiply_as<5, 2>(s);
-    case 4 * 16 + 3: return multiply_as<3, 4>(s);
-    case 4 * 16 + 5: return multiply_as<5, 4>(s);
-  }
+#define MOEC_CASE(B, V) \
+  case code_number(B, V): return multiply_as<B, V>(s);
+  switch (code_number(s.bank->bits, s.bank->vector)) { MOEC_TRELLIS_CODES(MOEC_CASE) }
+#undef MOEC_CASE
 }
 
 const Kernels kernels = {"amx", kMostTogether, vbmi::prepared_floats, kSegment * kTile / 4, vbmi::prepare, multiply, vbmi::decode};
