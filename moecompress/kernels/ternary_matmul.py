@@ -18,13 +18,13 @@ from moecompress.errors import UserError
 from moecompress.kernels import library
 from moecompress.pack import dictionary, ternary
 from moecompress.pack.dictionary import LONGEST, DictionaryBank
-from moecompress.pack.fields import demand, wrong
+from moecompress.pack.fields import wrong
 from moecompress.pack.ternary import SignBank, TernaryBank
 from moecompress.progress import notice
 
 Bank = TernaryBank | SignBank | DictionaryBank
 
-INTERFACE = 1  # kInterface in ternary_matmul.cpp
+INTERFACE = 2  # kInterface in ternary_matmul.cpp
 #: rows of x for one matrix from which unpacking it for one dense product is faster, by the type of that product;
 #: measured on 768 x 2048, one thread, AVX-512 VNNI and AMX: bfloat16 24 (dictionary) to 40 (sign), float32 32 to 64
 CROWD = {torch.float32: 48, torch.bfloat16: 32}
@@ -109,13 +109,7 @@ def _shape(bank: Bank) -> tuple[int, int]:
     if not isinstance(bank, DictionaryBank):
         ternary.check(bank)
         return bank.codes.shape[0], bank.codes.shape[1]
-    if bank.cols < 1:
-        raise UserError("a packed matrix needs columns", expected="cols >= 1", got=bank.cols)
-    if bank.ends.dim() != 2:
-        raise wrong("ends", "2 dimensions (n, rows)", f"shape {tuple(bank.ends.shape)}")
-    demand("ends", bank.ends, torch.int32, tuple(bank.ends.shape))
-    demand("words", bank.words, torch.uint16, (bank.words.numel(),))
-    demand("levels", bank.levels, torch.bfloat16, (*bank.ends.shape, 2))
+    dictionary.check(bank)
     return bank.ends.shape[0], bank.ends.shape[1]
 
 
@@ -223,7 +217,7 @@ def _run(function: str, bank: Bank, count: int, rows: int, tensors: dict[str, Te
         raise wrong("codes", f"bytes below {3**ternary.TRITS}, five trits each", "a larger byte")
     if outcome == _BAD_BANK:
         _shape(bank)  # names the tensor
-        raise wrong("ends", f"rising to the {codes.numel()} words there are", "another number")
+        raise wrong("words", "a table with as many rows as there are matrices", f"shape {tuple(codes.shape)}")
     if outcome == _NO_MEMORY:
         raise MemoryError("no memory for the activations of a packed matrix product")
     if outcome:
