@@ -115,7 +115,7 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
     record: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
     tensors: dict[str, torch.Tensor] = {}
     replaced: set[str] = set()
-    prefix = f"{opened.anatomy.stack}.{layer}."
+    prefix = opened.anatomy.layer_names[layer] + "."
     for name in [n for n in linears if n.startswith(prefix)]:
         tensors.update(_pack_linear(opened, name, linears[name], record))
         replaced.add(name + ".weight")
