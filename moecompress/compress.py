@@ -95,11 +95,12 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
                     outputs = walk.run_all() if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
-    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
+    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
     for record in work.records(total):
         merged["errors"].update(record["errors"])
         merged["schemes"].update(record["schemes"])
         merged["contents"].update(record["contents"])
+        merged["archived"].update(record["archived"])
         merged["fallbacks"] += record["fallbacks"]
     return merged
 
@@ -111,10 +112,10 @@ def _remembering(walk: Walk, layer: int):
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
                     linears: dict[str, Scheme], settings: Settings, shard: Path) -> dict[str, Any]:  # fmt: skip
     opened = walk.opened
-    record: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
+    record: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
     tensors: dict[str, torch.Tensor] = {}
     replaced: set[str] = set()
-    prefix = f"{opened.anatomy.stack}.{layer}."
+    prefix = opened.anatomy.layer_names[layer] + "."
     for name in [n for n in linears if n.startswith(prefix)]:
         tensors.update(_pack_linear(opened, name, linears[name], record))
         replaced.add(name + ".weight")
@@ -199,7 +200,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                     continue
                 encoded = encode(weights, inputs[moments.source(projection)].take(positions), scheme, settings)
                 for key, value in encoded.bank.tensors().items():
-                    getattr(bank, key)[slots] = value
+                    _assignable(getattr(bank, key))[slots] = _assignable(value)
+                if encoded.archived_bits is not None:
+                    record["archived"][f"{moe.module}.{projection}"] = {"scheme": scheme.name, "bits": encoded.archived_bits}
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
@@ -225,6 +228,11 @@ def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype
         for name, count in schemes.items():
             banks[projection, name] = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed)
     return banks
+
+
+def _assignable(tensor: torch.Tensor) -> torch.Tensor:
+    """torch cannot assign to chosen rows of uint16."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.uint16 else tensor
 
 
 def _fill(bank: PackedBank, tensors: dict[str, torch.Tensor]) -> None:

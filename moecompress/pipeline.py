@@ -175,8 +175,22 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "fallbacks": done["fallbacks"],
         "errors": done["errors"],
         "schemes": done["schemes"],
+        "dictionary": against_entropy(opened.anatomy, done["archived"]),
         "tensors": fates(opened.anatomy, done["schemes"]),
     }  # fmt: skip
+
+
+def against_entropy(anatomy: Anatomy, archived: dict[str, dict[str, Any]]) -> dict[str, float] | None:
+    """What the dictionary code stores beside its levels, and what an entropy coder would: bits a weight, means over banks."""
+    if not archived:
+        return None
+    layouts = {moe.module: moe.layout for moe in anatomy.moe.values()}
+    stored = []
+    for name, found in archived.items():
+        module, _, projection = name.rpartition(".")
+        rows, cols = layouts[module].shape(projection)
+        stored.append((8 * Scheme.parse(found["scheme"]).price(rows, cols) - 32 * rows) / (rows * cols))
+    return {"stored_bits": float(np.mean(stored)), "entropy_bits": float(np.mean([found["bits"] for found in archived.values()]))}
 
 
 def skipping(job: Job, ready: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
 
 
 def test_there_are_recipes() -> None:
-    general, papers = {"demo", "balanced-3bit", "small-2bit"}, {"mc-moe", "mc-moe-odp", "reap", "ream", "naee", "hc-smoe", "m-smoe"}
+    general, papers = {"demo", "balanced-3bit", "small-2bit"}, {"mc-moe", "mc-moe-odp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "qmoe"}
     assert general | papers <= {path.stem for path in RECIPES}
     for path in RECIPES:
         if path.stem in papers:

@@ -85,7 +85,7 @@ def summary(result) -> dict:
         "measured": result.measured,
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in result.statistics.unreached()],
     }
-    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "routing"):
+    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "routing", "dictionary"):
         record[key] = manifest.get(key)
     return record
 
@@ -120,6 +120,9 @@ def _print(result, record: dict) -> None:
     console.print(table)
     console.print(f"{result.folder}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}, "
                   f"{record['bits_per_weight']:.3f} bits per expert weight{' of the original' if record['steps'] else ''}, everything counted")  # fmt: skip
+    if record["dictionary"]:
+        words = record["dictionary"]
+        console.print(f"dictionary code: {words['stored_bits']:.3f} bits a weight beside its levels, {words['entropy_bits']:.3f} at the entropy of its trits")
     if record["routing"]:
         skips, after = record["routing"], record["routing"]["after"]
         console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "

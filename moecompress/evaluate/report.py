@@ -74,12 +74,16 @@ def _dense_expert_bytes(opened: OpenModel) -> int:
 def decode_speed(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Tokens per second of decoding one token at a time behind a short prompt: the first of the token ids [L]."""
     prompt = ids[None, :32]
+    name, read = "input_ids", {}
     with torch.no_grad():
-        past = model(input_ids=prompt, use_cache=True)
+        if model.config.is_encoder_decoder:  # it reads the prompt once, and decodes behind it
+            name, read = "decoder_input_ids", {"encoder_outputs": model.get_encoder()(input_ids=prompt)}
+        past = model(**{name: prompt}, **read, use_cache=True)
         seconds = []
         for _ in track(range(DECODE_TOKENS), "decode speed"):
             start = time.perf_counter()
-            past = model(input_ids=past.logits[:, -1:].argmax(-1), past_key_values=past.past_key_values, use_cache=True)
+            last = past.logits[:, -1:].argmax(-1)
+            past = model(**{name: last}, **read, past_key_values=past.past_key_values, use_cache=True)
             seconds.append(time.perf_counter() - start)
     return 1 / float(torch.tensor(seconds).median())
 

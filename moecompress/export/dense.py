@@ -74,7 +74,7 @@ def layer_tensors(opened: OpenModel, plain: PreTrainedModel, layer: int | None, 
     opened.load_layer(layer)
     parameters: dict[str, torch.Tensor] = {}
     for name, module in opened.layers[layer].named_modules():
-        parameters.update(_dequantized(f"{opened.anatomy.stack}.{layer}.{name}", module, dtype, opened))
+        parameters.update(_dequantized(f"{opened.anatomy.layer_names[layer]}.{name}", module, dtype, opened))
     opened.release_layer(layer)
     return tensors | stored_names(opened.loader, plain, parameters)
 

@@ -24,7 +24,7 @@ from moecompress.progress import notice
 
 Bank = TernaryBank | SignBank | DictionaryBank
 
-INTERFACE = 1  # kInterface in ternary_matmul.cpp
+INTERFACE = 2  # kInterface in ternary_matmul.cpp
 #: rows of x for one matrix from which unpacking it for one dense product is faster, by the type of that product;
 #: measured on 768 x 2048, one thread, AVX-512 VNNI and AMX: bfloat16 24 (dictionary) to 40 (sign), float32 32 to 64
 CROWD = {torch.float32: 48, torch.bfloat16: 32}
@@ -202,7 +202,7 @@ def _run(function: str, bank: Bank, count: int, rows: int, tensors: dict[str, Te
         raise wrong("codes", f"bytes below {3**ternary.TRITS}, five trits each", "a larger byte")
     if outcome == _BAD_BANK:
         _shape(bank)  # names the tensor
-        raise wrong("ends", f"rising to the {codes.numel()} words there are", "another number")
+        raise wrong("words", "a table with as many rows as there are matrices", f"shape {tuple(codes.shape)}")
     if outcome == _NO_MEMORY:
         raise MemoryError("no memory for the activations of a packed matrix product")
     if outcome:

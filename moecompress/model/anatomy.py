@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -58,12 +58,24 @@ class MoELayer:
 class Anatomy:
     model_type: str
     architecture: str
-    stack: str  # module list of the decoder layers, e.g. "model.layers"
-    num_layers: int
+    stacks: tuple[str, ...]  # module lists of the layers, e.g. "model.layers"; an encoder's come before a decoder's
+    layer_names: tuple[str, ...]  # all their layers, in the order of the forward pass
     top_k: int | None
     moe: dict[int, MoELayer]
     linears: dict[str, str]  # quantizable nn.Linear module -> role
     tensors: tuple[TensorInfo, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_names)
+
+    @property
+    def stack(self) -> str:
+        """The only list of layers."""
+        if len(self.stacks) != 1:
+            raise UserError(f"{self.architecture} has an encoder and a decoder", expected="layers in one list",
+                            remedy="it can be quantized and evaluated, but not be pruned or rebuilt")  # fmt: skip
+        return self.stacks[0]
 
     def of_layer(self, layer: int | None) -> list[TensorInfo]:
         return [tensor for tensor in self.tensors if tensor.layer == layer]
@@ -92,7 +104,7 @@ class Anatomy:
         )
 
 
-def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stack: str, moe: dict[int, MoELayer]) -> Anatomy:
+def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stacks: tuple[str, ...], moe: dict[int, MoELayer]) -> Anatomy:
     """Account for every tensor of the checkpoint, or say which one does not fit.
 
     A rehearsal on the meta device runs transformers' whole loading on shapes alone; whatever it finds missing,
@@ -104,25 +116,37 @@ def dissect(checkpoint: Checkpoint, model: PreTrainedModel, loader: Loader, stac
     if top_k is not None and not 0 < top_k <= min(layer.layout.experts for layer in moe.values()):
         raise UserError("config.json asks for an impossible number of experts per token", expected="1 to "
                         f"{min(layer.layout.experts for layer in moe.values())}", got=top_k, remedy="download config.json again")  # fmt: skip
-    roles = _Roles(model, stack, moe)
-    prefix = stack + "."
+    roles = _Roles(model, stacks, moe)
+    names = layer_names(model, stacks)
     tensors = []
     for name, entry in checkpoint.entries.items():
         target = targets[name]
-        layer = int(target[len(prefix) :].split(".")[0]) if target.startswith(prefix) and target not in ignored else None
+        layer = None if target in ignored else names.get(_layer_of(target, stacks))
         role = IGNORED if target in ignored else roles.of(target)
         _refuse_codes(entry, loader.expected.get(target))
         tensors.append(TensorInfo(name, target, role, layer, entry.shape, entry.dtype, entry.nbytes))
     return Anatomy(
         model_type=model.config.model_type,
         architecture=type(model).__name__,
-        stack=stack,
-        num_layers=len(model.get_submodule(stack)),
+        stacks=stacks,
+        layer_names=tuple(names),
         top_k=top_k,
         moe=moe,
         linears=roles.linears,
         tensors=tuple(sorted(tensors, key=lambda t: t.name)),
     )
+
+
+def layer_names(model: PreTrainedModel, stacks: tuple[str, ...]) -> dict[str, int]:
+    """Name of each layer -> its number, counted through all stacks."""
+    names = (f"{stack}.{index}" for stack in stacks for index in range(len(model.get_submodule(stack))))
+    return {name: number for number, name in enumerate(names)}
+
+
+def _layer_of(target: str, stacks: tuple[str, ...]) -> str:
+    """The layer that a parameter is in, or an empty string."""
+    found = next((stack for stack in stacks if target.startswith(stack + ".")), None)
+    return "" if found is None else f"{found}.{target[len(found) + 1 :].split('.')[0]}"
 
 
 def _refuse_codes(entry: TensorEntry, parameter: torch.Tensor | None) -> None:
@@ -153,12 +177,13 @@ def refuse_other_tasks(model: PreTrainedModel) -> None:
                         remedy="pass the checkpoint of a causal language model, or of the part of the model that is one")  # fmt: skip
 
 
-def find_stack(model: PreTrainedModel) -> tuple[str, dict[int, MoELayer]]:
-    """The list of decoder layers that holds the routed experts, and the experts in it."""
+def find_stacks(model: PreTrainedModel) -> tuple[tuple[str, ...], dict[int, MoELayer]]:
+    """The list of decoder layers that holds the routed experts, or an encoder's and a decoder's, and the experts in them."""
     stacks: dict[str, dict[int, MoELayer]] = defaultdict(dict)
     for name, module in find_experts(model):
         parts = name.split(".")
-        for depth in range(len(parts) - 1, 0, -1):
+        depths = range(1, len(parts))
+        for depth in depths if model.config.is_encoder_decoder else reversed(depths):  # T5's layers are lists of parts
             parent = ".".join(parts[:depth])
             if parts[depth].isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList):
                 index = int(parts[depth])
@@ -172,11 +197,18 @@ def find_stack(model: PreTrainedModel) -> tuple[str, dict[int, MoELayer]]:
         raise UserError(f"{type(model).__name__} is not a Mixture-of-Experts model that moecompress can see",
                         expected="routed experts behind transformers' experts interface", got="none",
                         remedy="see `moecompress inspect --families`; a dense model can become one by `moecompress convert`")  # fmt: skip
+    if model.config.is_encoder_decoder:
+        one = next(iter(stacks))
+        both = tuple(re.sub("encoder|decoder", side, one) for side in ("encoder", "decoder"))
+        numbers = layer_names(model, both)
+        layers = (layer for moe in stacks.values() for layer in moe.values())
+        found = {numbers[_layer_of(layer.module, both)]: layer for layer in layers}
+        return both, {number: replace(layer, layer=number) for number, layer in sorted(found.items())}
     order = sorted(stacks.items(), key=lambda item: -len(item[1]))
     if len(order) > 1 and len(order[1][1]) == len(order[0][1]):
         raise UserError(f"{type(model).__name__} has experts in two stacks of layers", expected="one decoder that predicts the next token",
                         got=f"{order[0][0]} and {order[1][0]}", remedy="this architecture is not supported yet")  # fmt: skip
-    return order[0]
+    return (order[0][0],), order[0][1]
 
 
 def rehearse(entries: Mapping[str, TensorEntry], model: PreTrainedModel, loader: Loader, moe: Iterable[MoELayer] = ()
@@ -247,13 +279,13 @@ def top_k_of(model: nn.Module) -> int | None:
 class _Roles:
     """Roles of parameters, from the structure of the module tree."""
 
-    def __init__(self, model: PreTrainedModel, stack: str, moe: dict[int, MoELayer]):
+    def __init__(self, model: PreTrainedModel, stacks: tuple[str, ...], moe: dict[int, MoELayer]):
         self.experts = {layer.module: layer.layout for layer in moe.values()}
         self.all_experts = {name for name, _ in find_experts(model)}
         self.blocks = {module.rpartition(".")[0]: layout for module, layout in self.experts.items()}
         self.modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.stack = stack + "."
+        self.stacks = tuple(stack + "." for stack in stacks)
         head = model.get_output_embeddings()
         self.head = next((name for name, module in self.modules.items() if module is head), None)
         self.linears = {
@@ -276,7 +308,7 @@ class _Roles:
         if module_name == self.head:
             return HEAD
         tensor = self.parameters.get(parameter)
-        if tensor is None or not parameter.startswith(self.stack):
+        if tensor is None or not parameter.startswith(self.stacks):
             return NORM if tensor is not None and tensor.ndim == 1 else OTHER
         block = next((b for b in self.blocks if parameter.startswith(b + ".")), None)
         if block is not None and self._is_router(parameter, block, tensor):
@@ -289,7 +321,7 @@ class _Roles:
 
     def _linear_role(self, module_name: str) -> str:
         """By the path, or where all parts of a layer have one name (``mixer``) by the class of the module around it."""
-        path = module_name.removeprefix(self.stack)
+        path = module_name.removeprefix(next((stack for stack in self.stacks if module_name.startswith(stack)), ""))
         around = type(self.modules[module_name.rpartition(".")[0]]).__name__.lower()
         if ATTENTION_PATH.search(path) or around.endswith("attention"):
             return ATTENTION

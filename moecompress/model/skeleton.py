@@ -37,6 +37,7 @@ from transformers.utils import logging as hf_logging
 
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import read_config
+from moecompress.model.switch import adapt, converters
 
 #: Checkpoints up to this size are computed in float32; larger ones in the dtype they are stored in.
 FLOAT32_LIMIT = 2 * 1024**3
@@ -81,6 +82,7 @@ def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) ->
         except Exception as error:  # as above: a wrong size or name in the config
             raise UserError("transformers cannot build the model that config.json describes", got=first_line(error),
                             remedy="download config.json again, or update transformers") from None  # fmt: skip
+    adapt(model)
     keep_float32(model, config.dtype)
     return model.eval()
 
@@ -124,7 +126,7 @@ class Loader:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.mapping = get_model_conversion_mapping(model, None, None)
+        self.mapping = [*converters(model), *get_model_conversion_mapping(model, None, None)]
         for entry in self.mapping:
             if isinstance(entry, WeightConverter):
                 entry.force_cpu = False  # in a rehearsal on the meta device it would fail, elsewhere we load on the CPU
@@ -208,7 +210,7 @@ def stored_names(loader: Loader, plain: PreTrainedModel, parameters: dict[str, t
     family's. A changed prefix is reverted only if it was used: nothing else says whether the original had it.
     ``plain``: a skeleton without packed modules, because some conversions look at the shapes of its parameters.
     """
-    own = len(get_model_conversion_mapping(plain, add_legacy=False))
+    own = len(converters(plain)) + len(get_model_conversion_mapping(plain, add_legacy=False))
     plain._weight_conversions = [
         c for i, c in enumerate(loader.mapping) if c.was_used() or (i < own and not isinstance(c, PrefixChange))
     ]

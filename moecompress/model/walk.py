@@ -27,7 +27,7 @@ from moecompress.model.anatomy import (
     IGNORED,
     Anatomy,
     dissect,
-    find_stack,
+    find_stacks,
     refuse_other_tasks,
     refuse_quantized,
 )
@@ -51,14 +51,14 @@ class OpenModel:
         self.config = config
         self.model = build_skeleton(config, trust_remote_code)
         refuse_other_tasks(self.model)
-        stack, moe = find_stack(self.model)
+        stacks, moe = find_stacks(self.model)
         if prepare is not None:
             prepare(self.model)
         else:
             refuse_quantized(self.checkpoint)
         self.loader = Loader(self.model)
-        self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader, stack, moe)
-        self.layers: Sequence[nn.Module] = self.model.get_submodule(self.anatomy.stack)
+        self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader, stacks, moe)
+        self.layers: Sequence[nn.Module] = [self.model.get_submodule(name) for name in self.anatomy.layer_names]
 
     def load_layer(self, layer: int) -> None:
         """Bring the weights of one decoder layer in."""
@@ -259,7 +259,9 @@ class Walk:
         return logits
 
     def _forward(self, lane: int) -> Any:
-        return self.model(input_ids=self.batches[lane], use_cache=False)
+        ids = self.batches[lane]
+        told = {"decoder_input_ids": ids} if self.model.config.is_encoder_decoder else {}  # the same text once more
+        return self.model(input_ids=ids, use_cache=False, **told)
 
     def _pause(self, index: int) -> Callable:
         def forward(*args, **kwargs):
@@ -288,7 +290,9 @@ class Walk:
     # --- resuming -----------------------------------------------------------------------------------------------
 
     def resumable(self) -> bool:
-        """False if layers share more than hidden states (a cache or a dict that they write to)."""
+        """False if layers share more than hidden states: a cache or a dict that they write to, or what an encoder said."""
+        if self.model.config.is_encoder_decoder:
+            return False
         plain = (torch.Tensor, bool, int, float, str, type(None), tuple)
         return all(
             isinstance(value, plain)

@@ -25,6 +25,8 @@ LONGEST = 14  # pairs in a word
 PAIRS = 9  # pair (s, t) is symbol 3 s + t
 UNIT = 4096  # prices are in bits / UNIT
 HIGHEST = 2**20  # price
+#: Bits a weight for words -> thousandths of zeros at which independent trits need so many (measured on rows of 768)
+ZEROS = {0.7: 896, 0.8: 866, 0.9: 836, 1: 802, 1.1: 765, 1.2: 725}
 ROWS_AT_ONCE = 2**15  # rows that are encoded together; bounds the memory
 
 
@@ -39,10 +41,11 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class DictionaryBank:
-    """n matrices of one shape, each row of values {low, 0, high}, each row its own run of words."""
+    """n matrices of one shape, each row of values {low, 0, high}, each row its own run of words. A matrix has ``room`` for
+    words, as many as any of the bank; what it does not need is padding behind its last row."""
 
-    words: Tensor  # uint16 (N,)
-    ends: Tensor  # int32 (n, rows): number of words up to the end of that row
+    words: Tensor  # uint16 (n, room)
+    ends: Tensor  # int32 (n, rows): number of the matrix's words up to the end of that row
     levels: Tensor  # bfloat16 (n, rows, 2): low, high
     prices: tuple[int, int]  # of a zero and of a sign: they define the dictionary
     cols: int
@@ -56,7 +59,7 @@ class DictionaryBank:
 
     @property
     def bits_per_weight(self) -> float:
-        """Words, row ends and levels; the dictionary itself costs nothing, it is rebuilt from two prices."""
+        """Words with padding, row ends and levels; the dictionary itself costs nothing, it is rebuilt from two prices."""
         return 8 * self.nbytes / (self.ends.numel() * self.cols)
 
 
@@ -118,15 +121,41 @@ def _tables(keys: np.ndarray, longest: int) -> Dictionary:
     )
 
 
-def pack(trits: Tensor, levels: Tensor, prices: tuple[int, int]) -> DictionaryBank:
-    """trits uint8 (n, rows, cols), levels bfloat16 (n, rows, 2)."""
+def room(rows: int, cols: int, bits: float) -> int:
+    """Words that a matrix may have at ``bits`` a weight; at least what zeros need, so that every matrix can be made to fit."""
+    return max(round(10 * bits) * rows * cols // 160, rows * -(-cols // (2 * LONGEST)))
+
+
+def stored_bytes(rows: int, cols: int, bits: float) -> int:
+    """Exact bytes of one matrix: words and padding, row ends, levels."""
+    return 2 * room(rows, cols, bits) + 8 * rows
+
+
+def rate_prices(bits: float) -> tuple[int, int]:
+    """Of the dictionary for matrices with ``bits`` a weight of room for words."""
+    return prices(ZEROS[bits] / 1000)
+
+
+def pack(trits: Tensor, levels: Tensor, prices: tuple[int, int], room: int | None = None) -> DictionaryBank:
+    """trits uint8 (n, rows, cols), levels bfloat16 (n, rows, 2). ``room``: for the words of a matrix (None: what the longest
+    needs); ValueError if one is longer."""
     words, counts = encode(trits.flatten(0, 1), dictionary(prices))
-    if len(words) >= 2**31:
-        raise UserError("too many words for one bank", expected="fewer than 2**31", remedy="split the bank")
-    ends = counts.cumsum(0).to(torch.int32).view(trits.shape[:2])
-    bank = DictionaryBank(words.to(torch.uint16), ends, levels.contiguous(), prices, trits.shape[-1])
+    ends = counts.view(trits.shape[:2]).cumsum(1)
+    lengths = ends[:, -1] if trits.shape[1] else ends.sum(1)
+    longest = int(lengths.max()) if len(lengths) else 0
+    room = longest if room is None else room
+    if longest > room or room >= 2**31:
+        raise ValueError(f"a matrix needs {longest} words, there is room for {room}")
+    padded = torch.zeros(len(trits), room, dtype=torch.int32)
+    padded[torch.arange(room) < lengths.unsqueeze(-1)] = words
+    bank = DictionaryBank(padded.to(torch.uint16), ends.to(torch.int32), levels.contiguous(), prices, trits.shape[-1])
     check(bank)
     return bank
+
+
+def needed(trits: Tensor, prices: tuple[int, int]) -> Tensor:
+    """Words that each matrix of trits (n, rows, cols) needs, int64 (n,)."""
+    return encode(trits.flatten(0, 1), dictionary(prices))[1].view(trits.shape[:2]).sum(1)
 
 
 def encode(trits: Tensor, book: Dictionary) -> tuple[Tensor, Tensor]:
@@ -166,21 +195,23 @@ def decode(bank: DictionaryBank, first: int = 0, last: int | None = None) -> Ten
     last = count if last is None else last
     if not 0 <= first <= last <= count:
         raise ValueError(f"no matrices {first} ... {last} in a bank of {count}")
-    ends = bank.ends.flatten().long()
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    if bool((ends < starts).any()) or (ends[-1:] != len(bank.words)).any():
-        raise wrong("ends", f"rising to the {len(bank.words)} words there are", f"{ends[:8].tolist()} ...")
-    starts, ends = starts[first * rows : last * rows], ends[first * rows : last * rows]
-    begin, end = (int(starts[0]), int(ends[-1])) if len(ends) else (0, 0)
+    ends = bank.ends[first:last].long()
+    starts = torch.cat([ends.new_zeros(len(ends), 1), ends[:, :-1]], 1)
+    room = bank.words.shape[1]
+    if bool((ends < starts).any()) or bool((ends > room).any()):
+        raise wrong("ends", f"rising to {room} words at most", f"{ends.flatten()[:8].tolist()} ...")
     book = dictionary(bank.prices)
-    words = bank.words[begin:end].to(torch.int32)
+    used = torch.arange(room) < (ends[:, -1:] if rows else ends.sum(1, keepdim=True))
+    words = bank.words[first:last].to(torch.int32)[used]
     lengths = book.lengths.index_select(0, words)
     total = torch.cat([ends.new_zeros(1), lengths.cumsum(0, dtype=torch.int64)])
+    counts = (ends - starts).flatten()
+    behind = counts.cumsum(0)
     pairs = -(-bank.cols // 2)
-    if bool((total[ends - begin] - total[starts - begin] != pairs).any()):
+    if bool((total[behind] - total[behind - counts] != pairs).any()):
         raise wrong("words", f"{pairs} pairs in every row", "a row of another length")
-    used = torch.arange(2 * LONGEST) < 2 * lengths.unsqueeze(-1).to(torch.int32)
-    return book.trits.index_select(0, words)[used].view(last - first, rows, 2 * pairs)[..., : bank.cols]
+    taken = torch.arange(2 * LONGEST) < 2 * lengths.unsqueeze(-1).to(torch.int32)
+    return book.trits.index_select(0, words)[taken].view(last - first, rows, 2 * pairs)[..., : bank.cols]
 
 
 def dequantize(bank: DictionaryBank, dtype: torch.dtype = torch.float32, first: int = 0, last: int | None = None) -> Tensor:
@@ -194,6 +225,8 @@ def check(bank: DictionaryBank) -> None:
         raise UserError("a packed matrix needs columns", expected="cols >= 1", got=bank.cols)
     if bank.ends.dim() != 2:
         raise wrong("ends", "2 dimensions (n, rows)", f"shape {tuple(bank.ends.shape)}")
+    if bank.words.dim() != 2:
+        raise wrong("words", "2 dimensions (n, room)", f"shape {tuple(bank.words.shape)}")
     demand("ends", bank.ends, torch.int32, tuple(bank.ends.shape))
-    demand("words", bank.words, torch.uint16, (bank.words.numel(),))
+    demand("words", bank.words, torch.uint16, (len(bank.ends), bank.words.shape[1]))
     demand("levels", bank.levels, torch.bfloat16, (*bank.ends.shape, 2))

@@ -1,4 +1,5 @@
-"""A scheme names how a matrix is stored: "b3g64s" (integers), "n4g64s" (nested ones), "t2_5" (trellis), "ternary", "sign", "b16" (as it was)."""
+"""A scheme names how a matrix is stored: "b3g64s" (integers), "n4g64s" (nested ones), "t2_5" (trellis), "d0_8" (dictionary), "ternary",
+"sign", "b16" (as it was)."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import re
 from dataclasses import dataclass
 
 from moecompress.errors import UserError
-from moecompress.recipe import TRELLIS_RATES
+from moecompress.recipe import DICTIONARY_RATES, TRELLIS_RATES
 
-INT, TRELLIS, TERNARY, SIGN, NESTED = "int", "trellis", "ternary", "sign", "nested"
+INT, TRELLIS, TERNARY, SIGN, NESTED, DICTIONARY = "int", "trellis", "ternary", "sign", "nested", "dictionary"
 
 
 @dataclass(frozen=True, order=True)
@@ -24,9 +25,9 @@ class Scheme:
     @property
     def name(self) -> str:
         """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``n4g64s`` (nested), ``t2_5`` (2.5 bits; names of modules have no
-        points), or ``b16``."""
-        if self.code == TRELLIS:
-            return f"t{self.bits:g}".replace(".", "_")
+        points), ``d0_8`` (dictionary), or ``b16``."""
+        if self.code in (TRELLIS, DICTIONARY):
+            return f"{self.code[0]}{self.bits:g}".replace(".", "_")
         if self.code == NESTED:
             return f"n{self.bits:g}g{self.group}s"
         if self.code != INT:
@@ -41,7 +42,7 @@ class Scheme:
         match = re.fullmatch(r"b(2|3|4|8)g(0|32|64|128)([sa])", name) or re.fullmatch(r"n(3|4)g(0|32|64|128)(s)", name)
         if match is None:
             raise UserError(f"no storage scheme is called {name!r}",
-                            expected="a name such as b3g64s, b4g128a, n4g64s, t2_5, ternary, sign or b16")  # fmt: skip
+                            expected="a name such as b3g64s, b4g128a, n4g64s, t2_5, d0_8, ternary, sign or b16")  # fmt: skip
         return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
 
     def fitted(self, cols: int) -> Scheme:
@@ -53,7 +54,7 @@ class Scheme:
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
-        from moecompress.pack import int_format, nested, ternary, trellis
+        from moecompress.pack import dictionary, int_format, nested, ternary, trellis
 
         if self.code == TRELLIS:
             return trellis.stored_bytes(rows, cols, self.bits)
@@ -61,6 +62,8 @@ class Scheme:
             return ternary.ternary_bytes(rows, cols)
         if self.code == SIGN:
             return ternary.sign_bytes(rows, cols)
+        if self.code == DICTIONARY:
+            return dictionary.stored_bytes(rows, cols, self.bits)
         if self.code == NESTED:
             return nested.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group)
         return int_format.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric)
@@ -68,5 +71,6 @@ class Scheme:
 
 _PLAIN = {
     scheme.name: scheme
-    for scheme in (Scheme(16), Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES))
+    for scheme in (Scheme(16), Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES),
+                   *(Scheme(r, code=DICTIONARY) for r in DICTIONARY_RATES))
 }

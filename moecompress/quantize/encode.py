@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.pack import nested as nested_format
+from moecompress.pack.dictionary import DictionaryBank
 from moecompress.pack.int_format import IntBank, pack
 from moecompress.pack.nested import NestedBank
-from moecompress.pack.scheme import INT, NESTED, SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.scheme import DICTIONARY, INT, NESTED, SIGN, TERNARY, TRELLIS, Scheme
 from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
 from moecompress.pack.trellis import TrellisBank
-from moecompress.quantize import gptq, nested, ternary, trellis
+from moecompress.quantize import gptq, nested, ternary, trellis, words
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import damped, factor
 
@@ -58,10 +59,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits."""
+    """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits. archived_bits:
+    of the dictionary code, what its words' trits take at their entropy (pack/rans.py), a weight."""
 
-    bank: IntBank | NestedBank | TrellisBank | TernaryBank | SignBank
+    bank: IntBank | NestedBank | TrellisBank | TernaryBank | SignBank | DictionaryBank
     error: torch.Tensor
+    archived_bits: float | None = None
 
 
 def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: list[Scheme] | None = None) -> Inputs:
@@ -95,7 +98,7 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
         turned = _turned(inputs, experts, cols)
         coded = trellis.encode(weights, turned, scheme.bits, settings.seed)
         return Encoded(coded.bank, coded.error)
-    if scheme.code in (TERNARY, SIGN):
+    if scheme.code in (TERNARY, SIGN, DICTIONARY):
         return _few_values(weights, inputs, scheme, settings)
     bits = int(scheme.bits)
     if inputs is None or settings.method == "rtn":
@@ -122,6 +125,9 @@ def _turned(inputs: Inputs | None, experts: int, cols: int) -> trellis.Turned:
 
 
 def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
+    if scheme.code == DICTIONARY:
+        found = words.encode(weights, inputs, scheme.bits, settings.refine)
+        return Encoded(found.bank, found.error, found.archived_bits)
     coded = ternary.encode(weights, inputs, "sign" if scheme.code == SIGN else settings.ternary, settings.refine)
     if scheme.code == SIGN:
         return Encoded(pack_signs((coded.trits == 2).to(torch.uint8), coded.levels[..., 1]), coded.error)
@@ -202,6 +208,8 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
 
 
 def _nearest(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> torch.Tensor:
+    if scheme.code == DICTIONARY:
+        return words.nearest(weights, scheme.bits, settings.refine)
     if scheme.code in (TERNARY, SIGN):
         levels = ternary.fit(weights, "sign" if scheme.code == SIGN else settings.ternary)
         return ternary.values(ternary.rtn(weights, levels), levels)

@@ -85,6 +85,11 @@ def _stored(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.bfloat16).float()
 
 
+def wider(levels: Levels, factor: torch.Tensor) -> Levels:
+    """The thresholds of each matrix times its factor [E]: from 1 on, more weights become zeros."""
+    return replace(levels, thresholds=levels.thresholds * factor[:, None, None])
+
+
 def rtn(weights: torch.Tensor, levels: Levels) -> torch.Tensor:
     """Trits uint8 [E, o, i] by the thresholds alone."""
     low, high = levels.thresholds.split(1, -1)
@@ -130,15 +135,20 @@ def refit(weights: torch.Tensor, hessian: torch.Tensor, trits: torch.Tensor, lev
     return replace(levels, values=torch.where(gain.unsqueeze(-1), trial.values, levels.values))
 
 
-def encode(weights: torch.Tensor, inputs: Inputs | None, kind: str, refits: int = 2) -> Ternary:
+def encode(weights: torch.Tensor, inputs: Inputs | None, kind: str, refits: int = 2, widen: torch.Tensor | None = None
+           ) -> Ternary:  # fmt: skip
     """weights: float32 [E, o, i]; inputs None: plain rounding, all inputs alike.
 
     refits: 0 leaves the grid as its authors have it; 1 refits the levels to the trits; each further one rounds again with
     the refitted levels and the first thresholds, and refits; a row takes it if its error falls.
+    widen [E]: multiplies the thresholds, so that more weights become zeros.
     """
     experts, _, cols = weights.shape
     hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
-    trits, levels, lost = _round(weights, inputs, hessian, fit(weights, kind), kind, refits > 0)
+    levels = fit(weights, kind)
+    if widen is not None:
+        levels = wider(levels, widen)
+    trits, levels, lost = _round(weights, inputs, hessian, levels, kind, refits > 0)
     for _ in range(refits - 1):
         again, refitted, now = _round(weights, inputs, hessian, levels, kind, True)
         better = (now < lost)[..., None]

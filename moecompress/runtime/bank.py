@@ -11,10 +11,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
 from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import nested, ternary, trellis
+from moecompress.pack import dictionary, nested, ternary, trellis
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import NESTED, SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.scheme import DICTIONARY, NESTED, SIGN, TERNARY, TRELLIS, Scheme
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -109,7 +109,9 @@ class TrellisBank(PackedBank):
 class FewValues(PackedBank):
     """Rows of three values or two."""
 
-    def bank(self) -> ternary.TernaryBank | ternary.SignBank:
+    def bank(self) -> ternary.TernaryBank | ternary.SignBank | dictionary.DictionaryBank:
+        if self.scheme.code == DICTIONARY:
+            return dictionary.DictionaryBank(self.words, self.ends, self.levels, dictionary.rate_prices(self.scheme.bits), self.cols)
         if self.scheme.code == SIGN:
             return ternary.SignBank(self.codes, self.scales, self.cols)
         return ternary.TernaryBank(self.codes, self.levels, self.cols)
@@ -128,7 +130,7 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
     if scheme.code == NESTED:
         bits = int(scheme.bits) if load_bits is None else min(load_bits, int(scheme.bits))
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
-    kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues}
+    kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
@@ -144,6 +146,9 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
         return {"codes": (torch.uint8, (count, rows, ternary.trit_bytes(cols))), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == SIGN:
         return {"codes": (torch.uint8, (count, rows, ternary.bit_bytes(cols))), "scales": (torch.bfloat16, (count, rows))}
+    if scheme.code == DICTIONARY:
+        words = (count, dictionary.room(rows, cols, scheme.bits))
+        return {"words": (torch.uint16, words), "ends": (torch.int32, (count, rows)), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == NESTED:
         planes = {name: (torch.uint8, (count, rows, nested.plane_bytes(cols))) for name in nested.plane_names(int(scheme.bits))}
         return planes | bank_tensors(Scheme(nested.BASE, scheme.group), count, rows, cols, dtype)

@@ -19,6 +19,7 @@ from moecompress.model.anatomy import rehearse
 from moecompress.model.checkpoint import read_config, read_header, sha256_file
 from moecompress.model.experts import resolve
 from moecompress.model.skeleton import Loader
+from moecompress.model.switch import adapt
 from moecompress.pack import nested
 from moecompress.pack.scheme import NESTED, Scheme
 from moecompress.runtime import seam
@@ -45,6 +46,7 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
     dtype = getattr(torch, config.dtype)
     if config.load_bits is not None:
         leave_out(model, config.experts, config.load_bits)
+    adapt(model)
     model.config._is_quantized = True  # as in from_pretrained: Jamba rounds differently then
     for name, contents in config.experts.items():
         name = resolve(model, name)

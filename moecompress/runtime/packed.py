@@ -137,6 +137,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = cols, rows
         self.packed = make_bank(scheme, 1, rows, cols, dtype)
+        self.dtype = dtype
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
         self._is_hf_initialized = True
 
@@ -150,8 +151,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """Dequantized, for code that looks at it (never stored)."""
-        dtype = self.bias.dtype if self.bias is not None else torch.get_default_dtype()
-        return self.packed.dequantized(dtype)[0]
+        return self.packed.dequantized(self.dtype if self.bias is None else self.bias.dtype)[0]
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.packed.scheme.name}"

@@ -174,10 +174,9 @@ def test_views_and_half_precision(form):
     slots = torch.tensor([0, 9, 1, 9, -1, 9, 2, 9, 0, 9, 0, 9], dtype=torch.int32)[::2]
     assert_product(ternary_matmul.matmul(x, slots, bank), x, slots, weights)
     assert_product(ternary_matmul.matmul(x.half(), slots, bank), x.half(), slots, weights)
-    if form != "dictionary":
-        bank = replace(bank, **{name: tensor[::2] for name, tensor in bank.tensors().items()})
-        slots = torch.tensor([0, 1, -1, 1, 1, 0], dtype=torch.int32)
-        assert_product(ternary_matmul.matmul(x, slots, bank), x, slots, weights[::2])
+    bank = replace(bank, **{name: tensor[::2] for name, tensor in bank.tensors().items()})
+    slots = torch.tensor([0, 1, -1, 1, 1, 0], dtype=torch.int32)
+    assert_product(ternary_matmul.matmul(x, slots, bank), x, slots, weights[::2])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -225,6 +224,7 @@ def test_words_and_ends_that_do_not_fit_are_refused(kernel):
     x, slots = torch.ones(3, 257), torch.tensor([0, 1, 2], dtype=torch.int32)
     for bad in (
         replace(bank, words=bank.words[1:]), replace(bank, words=torch.cat([bank.words, bank.words[:1]])),
+        replace(bank, words=bank.words[0]), replace(bank, words=bank.words[:, :9]), replace(bank, words=bank.words[:0]),
         replace(bank, ends=-bank.ends), replace(bank, ends=bank.ends.flip(1)), replace(bank, ends=bank.ends + 1),
         replace(bank, ends=bank.ends.long()), replace(bank, ends=bank.ends[0]), replace(bank, levels=bank.levels[:1]),
         replace(bank, words=bank.words.to(torch.int32)), replace(bank, prices=(0, 5)), replace(bank, prices=(5,)),

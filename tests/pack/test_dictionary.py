@@ -62,7 +62,7 @@ def test_frozen_dictionary_and_words():
     assert digest == "c0d8abe517d0a9a0b745d0cd69a43d3c09d3d069aef6d6e47c285879a67fca90"
     trits = torch.tensor([[[1] * 31, [0, 1, 1, 2, 2, *[1] * 26]]], dtype=torch.uint8)
     bank = dictionary.pack(trits, levels(trits), QMOE)
-    assert (bank.words.tolist(), bank.ends.tolist()) == ([25, 1, 64151, 2], [[2, 4]])
+    assert (bank.words.tolist(), bank.ends.tolist()) == ([[25, 1, 64151, 2]], [[2, 4]])
 
 
 @pytest.mark.parametrize("zero_rate", [0.0, 0.3, 0.46, 0.885, 0.99, 1.0])
@@ -83,18 +83,17 @@ def test_round_trip(zero_rate, cols):
     dense = dictionary.dequantize(bank, first=1)
     expected = torch.stack([bank.levels[..., 0], torch.zeros(3, 7), bank.levels[..., 1]], -1)[1:].gather(-1, trits[1:].long())
     assert torch.equal(dense, expected)
-    assert bank.bits_per_weight == pytest.approx((16 * len(bank.words) + 64 * 21) / trits.numel())
+    assert bank.bits_per_weight == pytest.approx((16 * bank.words.numel() + 64 * 21) / trits.numel())
 
 
 def test_rows_read_alone_word_by_word():
     trits = random_trits(2, 5, 257)
     bank, book = dictionary.pack(trits, levels(trits), QMOE), dictionary.dictionary(QMOE)
-    ends = [0, *bank.ends.flatten().tolist()]
-    for row in (0, 4, 9):
-        found: list[int] = []
-        for word in bank.words[ends[row] : ends[row + 1]].tolist():
+    for matrix, row in ((0, 0), (0, 4), (1, 0), (1, 3)):
+        ends, found = [0, *bank.ends[matrix].tolist()], []
+        for word in bank.words[matrix, ends[row] : ends[row + 1]].tolist():
             found += book.trits[word, : 2 * int(book.lengths[word])].tolist()
-        assert found[:257] == trits.flatten(0, 1)[row].tolist()
+        assert found[:257] == trits[matrix, row].tolist()
 
 
 def fewest(symbols: list[int], words: set[tuple[int, ...]], longest: int) -> int:
@@ -151,6 +150,8 @@ def test_a_dictionary_of_the_right_rate_is_the_better_one():
 
 def damaged_banks(bank: dictionary.DictionaryBank):
     yield replace(bank, words=bank.words[1:])
+    yield replace(bank, words=bank.words[0])
+    yield replace(bank, words=bank.words[:, : bank.words.shape[1] // 2])
     yield replace(bank, words=bank.words.to(torch.int32))
     yield replace(bank, words=torch.cat([bank.words, bank.words[:1]]))
     yield replace(bank, levels=bank.levels[:1])

@@ -13,7 +13,7 @@ from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.bank import PackedBank, bank_tensors, make_bank, turn, turn_back
 from moecompress.runtime.packed import PackedExperts
 
-NAMES = ["b3g32s", "b2g64a", "n3g64s", "n4g32s", "t0_5", "t1_25", "t2", "t3", "ternary", "sign", "b16"]
+NAMES = ["b3g32s", "b2g64a", "n3g64s", "n4g32s", "t0_5", "t1_25", "t2", "t3", "ternary", "sign", "d0_8", "b16"]
 SEED = 5
 
 
@@ -73,7 +73,7 @@ def test_a_layer_may_mix_codes() -> None:
     assert torch.allclose(y, torch.einsum("soi,si->so", dense[expert], x), atol=2e-3 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "ternary", "sign", "b3g64s", "n4g64s", "b16"])
+@pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "ternary", "sign", "d0_8", "b3g64s", "n4g64s", "b16"])
 def test_names_come_back(name: str) -> None:
     assert Scheme.parse(name).name == name
 

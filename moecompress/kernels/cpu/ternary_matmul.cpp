@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr int kInterface = 1;  // raise when an exported function changes; ternary_matmul.py refuses any other
+constexpr int kInterface = 2;  // raise when an exported function changes; ternary_matmul.py refuses any other
 
 enum Outcome : int { kBadBank = 1, kBadSlot = 4, kBadCodes = 5, kBadArgument = 6 };  // and those of pool.h
 enum Format : int { kTernary = 0, kSign = 1, kDictionary = 2 };
@@ -33,9 +33,9 @@ constexpr int64_t kRoom = 64;  // bytes that may be written behind a row of trit
 constexpr int64_t kItemBytes = 1 << 14;  // of codes: the least that is worth another thread's attention
 
 struct Job {  // mirrored by ternary_matmul.py
-  const uint8_t* codes;    // [count, rows, row bytes]; dictionary: the words, uint16 [N]
+  const uint8_t* codes;    // [count, rows, row bytes]; dictionary: the words, uint16 [count, room]
   const uint16_t* levels;  // bfloat16 [count, rows, 2]; sign: [count, rows]
-  const int32_t* ends;     // dictionary: [count, rows]
+  const int32_t* ends;     // dictionary: [count, rows], words up to the end of a row, counted in its matrix
   const uint64_t* book;    // dictionary: [65536], a word's pairs t0 + 4 t1 in 14 half-bytes, its length in bits 56 to 59
   const void* x;           // product: [tokens, cols]
   const int32_t* slots;    // product: [tokens]
@@ -63,9 +63,8 @@ bool is_valid(const Job& j) {
   if (j.format == kSign) return has_bytes(j.codes, j.codes_bytes, j.count, j.rows, (j.cols + 7) / 8);
   if (j.format != kDictionary || !has_bytes(j.ends, j.ends_bytes, j.count, j.rows, 4)) return false;
   if (!has_bytes(j.book, j.book_bytes, kWords, 1, 8)) return false;
-  const int64_t words = j.codes_bytes / 2, all = j.count * j.rows;
-  return j.codes_bytes % 2 == 0 && j.codes_bytes >= 0 && (words == 0 || j.codes != nullptr) &&
-         words == (all ? j.ends[all - 1] : 0);
+  if (j.codes_bytes < 0 || (j.codes_bytes > 0 && j.codes == nullptr)) return false;
+  return j.count ? j.codes_bytes % (2 * j.count) == 0 : j.codes_bytes == 0;
 }
 
 int64_t row_bytes(const Job& j) {  // of codes; the dictionary's rows have about as many
@@ -102,16 +101,17 @@ INLINE void put(const Job& j, int64_t at, float value) {
     static_cast<uint16_t*>(j.out)[at] = to_bfloat16(value);
 }
 
-// The words of a row; none if its ends do not lie among the words in this order.
+// The words of a row; none if its ends do not lie among the words of its matrix in this order.
 struct Words {
   const uint8_t* first;
   int64_t count;  // -1: damaged
 };
 
 INLINE Words words_of(const Job& j, int64_t row) {
-  const int64_t from = row ? j.ends[row - 1] : 0, to = j.ends[row];
-  if (from < 0 || to < from || to > j.codes_bytes / 2) return {nullptr, -1};
-  return {j.codes + 2 * from, to - from};
+  const int64_t room = j.codes_bytes / 2 / j.count;
+  const int64_t from = row % j.rows ? j.ends[row - 1] : 0, to = j.ends[row];
+  if (from < 0 || to < from || to > room) return {nullptr, -1};
+  return {j.codes + 2 * (row / j.rows * room + from), to - from};
 }
 
 struct Item {  // a range of rows of one matrix, times `tokens` vectors x
