@@ -308,7 +308,8 @@ def fixed_bytes(job: Job, schemes: list[str]) -> int:
         elif info.role != EXPERT:
             size += info.nbytes
             names += len(info.name) + 90
-    entries = 6 if any(Scheme.parse(name).code == NESTED for name in schemes) else 4
+    known = [Scheme.parse(name) for name in schemes]
+    entries = 7 if any(scheme.outliers for scheme in known) else 6 if any(scheme.code == NESTED for scheme in known) else 4
     for moe in opened.anatomy.moe.values():
         per_bank = entries * (len(moe.module) + 130)
         names += len(moe.layout.projections) * min(len(schemes), moe.layout.experts) * per_bank + 130

@@ -79,6 +79,8 @@ Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 #: bits a weight of the trellis code (pack/trellis.py)
 TRELLIS_RATES = (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4)
+#: shares of weights that integers may keep at 16 bits (pack/outliers.py)
+OUTLIER_SHARES = (0.005, 0.01, 0.02)
 Width = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_width)]
 
 
@@ -142,6 +144,8 @@ class CandidateRecipe(_Section):
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
     #: int: without zero points
     symmetric: bool = True
+    #: int of 2, 3 or 4 bits: share of the weights, the most sensitive of every row, that keep 16 bits; 0.005, 0.01 or 0.02
+    outliers: Annotated[float, BeforeValidator(_no_bool)] = 0.0
 
     @field_validator("bits")
     @classmethod
@@ -158,6 +162,13 @@ class CandidateRecipe(_Section):
     def _known_group(cls, value: int) -> int:
         if value not in (0, 32, 64, 128):
             raise ValueError("should be 32, 64 or 128, or 0 for one scale per row")
+        return value
+
+    @field_validator("outliers")
+    @classmethod
+    def _known_share(cls, value: float) -> float:
+        if value not in (0, *OUTLIER_SHARES):
+            raise ValueError("should be 0.005, 0.01 or 0.02, or 0 for none")
         return value
 
     @model_validator(mode="before")
@@ -178,6 +189,8 @@ class CandidateRecipe(_Section):
             raise ValueError("only a candidate of 2, 3, 4 or 8-bit integers has group and symmetric")
         if self.code == "nested" and not self.symmetric:
             raise ValueError("a nested candidate has no zeros; leave out symmetric")
+        if self.outliers and (self.code != "int" or self.bits > 4):
+            raise ValueError("only a candidate of 2, 3 or 4-bit integers has outliers")
         return self
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.pack import nested as nested_format
+from moecompress.pack import outliers as outlier_format
 from moecompress.pack.int_format import IntBank, pack
 from moecompress.pack.nested import NestedBank
+from moecompress.pack.outliers import OutlierBank
 from moecompress.pack.scheme import INT, NESTED, SIGN, TERNARY, TRELLIS, Scheme
 from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
 from moecompress.pack.trellis import TrellisBank
-from moecompress.quantize import gptq, nested, ternary, trellis
+from moecompress.quantize import gptq, nested, outliers, ternary, trellis
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import damped, factor
 
@@ -60,7 +62,7 @@ class Inputs:
 class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits."""
 
-    bank: IntBank | NestedBank | TrellisBank | TernaryBank | SignBank
+    bank: IntBank | NestedBank | OutlierBank | TrellisBank | TernaryBank | SignBank
     error: torch.Tensor
 
 
@@ -97,6 +99,8 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
         return Encoded(coded.bank, coded.error)
     if scheme.code in (TERNARY, SIGN):
         return _few_values(weights, inputs, scheme, settings)
+    if scheme.outliers:
+        return _with_outliers(weights, inputs, scheme, settings)
     bits = int(scheme.bits)
     if inputs is None or settings.method == "rtn":
         hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
@@ -119,6 +123,45 @@ def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, se
     if scheme.code == SIGN:
         return Encoded(pack_signs((coded.trits == 2).to(torch.uint8), coded.levels[..., 1]), coded.error)
     return Encoded(pack_ternary(coded.trits, coded.levels), coded.error)
+
+
+def _with_outliers(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
+    experts, _, cols = weights.shape
+    hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    index, exact, grid = _set_aside(weights, inputs, diagonal, scheme)
+    if inputs is None or settings.method == "rtn":
+        codes = gptq.rtn(weights, grid)
+        values = (weights - gptq.values(codes, grid)).gather(-1, index).to(torch.bfloat16)
+    else:
+        steady = damped(hessian, settings.damping)
+        codes = gptq.gptq(weights, inputs.upper, inputs.order, grid, exact)
+        values = outliers.solve(weights - gptq.values(codes, grid), steady, index)
+        for _ in range(settings.refine):
+            wanted = outliers.without(weights, values, index)
+            grid = gptq.refit(wanted @ steady, steady, codes, grid)
+            codes = gptq.descend(wanted, steady, codes, grid)
+            values = outliers.solve(weights - gptq.values(codes, grid), steady, index)
+    wanted = outliers.without(weights, values, index)
+    lost = gptq.row_errors(wanted, hessian, gptq.values(codes, grid)).sum(-1)
+    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
+    dense = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, int(scheme.bits), scheme.group)
+    return Encoded(outlier_format.pack(dense, values, index, scheme.outliers), lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _set_aside(weights: torch.Tensor, inputs: Inputs | None, diagonal: torch.Tensor, scheme: Scheme
+               ) -> tuple[torch.Tensor, torch.Tensor, Grid]:  # fmt: skip
+    """Columns of the outliers, the same as a mask, and the grid of the rest."""
+    # What an error in one column costs once all the others have made up for it: 1 / [H⁻¹]_jj, with H⁻¹ = UᵀU.
+    cost = diagonal if inputs is None else _in_columns(inputs.upper.square().sum(-2).reciprocal(), inputs.order)
+    index = outliers.choose(weights, cost, scheme)
+    exact = outliers.mask(weights, index)
+    return index, exact, outliers.fit_rest(weights, diagonal, exact, scheme)
+
+
+def _in_columns(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[n, i] in the order of processing -> in that of the columns."""
+    return torch.empty_like(values).scatter_(1, order, values)
 
 
 def _to_nearest(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> tuple[Grid, torch.Tensor]:
@@ -182,7 +225,7 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
     rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code != TRELLIS]
     if rounded:
         pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
-        column_cost = torch.empty_like(pivots).scatter_(1, inputs.order, pivots)
+        column_cost = _in_columns(pivots, inputs.order)
     for index in rounded:
         off = (weights - _nearest(weights, inputs, schemes[index], settings)).square()
         result[:, index] = torch.einsum("noi,no,ni->n", off, row_weight, column_cost).double()
@@ -198,5 +241,9 @@ def _nearest(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Se
     if scheme.code in (TERNARY, SIGN):
         levels = ternary.fit(weights, "sign" if scheme.code == SIGN else settings.ternary)
         return ternary.values(ternary.rtn(weights, levels), levels)
-    grid, codes = _to_nearest(weights, inputs.hessian.diagonal(dim1=-2, dim2=-1), scheme.fitted(weights.shape[-1]))
+    scheme, diagonal = scheme.fitted(weights.shape[-1]), inputs.hessian.diagonal(dim1=-2, dim2=-1)
+    if scheme.outliers:
+        _, exact, grid = _set_aside(weights, inputs, diagonal, scheme)
+        return torch.where(exact, weights, gptq.values(gptq.rtn(weights, grid), grid))
+    grid, codes = _to_nearest(weights, diagonal, scheme)
     return gptq.values(codes, grid)

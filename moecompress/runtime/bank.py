@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
+from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import nested, ternary, trellis
+from moecompress.pack import nested, outliers, ternary, trellis
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
 from moecompress.pack.scheme import NESTED, SIGN, TERNARY, TRELLIS, Scheme
@@ -37,6 +38,9 @@ class PackedBank(nn.Module):
         """x [S, cols], slots [S] (which matrix, −1 for none) -> [S, rows], zero rows for −1."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """UserError if a tensor of a file says what the format cannot; shapes are right already."""
+
 
 class IntegerBank(PackedBank):
     def bank(self) -> IntBank:
@@ -48,6 +52,20 @@ class IntegerBank(PackedBank):
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return grouped_matmul(x, slots, self.bank())
+
+
+class IntegersWithOutliers(IntegerBank):
+    def with_outliers(self) -> outliers.OutlierBank:
+        return outliers.OutlierBank(self.bank(), self.outlier_values, self.outlier_columns, self.scheme.outliers)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return outlier_matmul.dequantize(self.with_outliers(), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return outlier_matmul.matmul(x, slots, self.with_outliers())
+
+    def check(self) -> None:
+        outliers.check(self.with_outliers())
 
 
 class NestedIntegers(IntegerBank):
@@ -127,6 +145,8 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
     if scheme.code == NESTED:
         bits = int(scheme.bits) if load_bits is None else min(load_bits, int(scheme.bits))
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
+    if scheme.outliers:
+        return IntegersWithOutliers(scheme, count, rows, cols, dtype)
     kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
@@ -155,6 +175,9 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
         tensors["scales"] = (torch.uint8, (count, rows, groups(cols, scheme.group)))
     if not scheme.symmetric:
         tensors["zeros"] = (torch.uint8, (count, rows, zero_bytes(cols, bits, scheme.group)))
+    if scheme.outliers:
+        shape = (count, outliers.in_a_row(cols, scheme.outliers), rows)
+        tensors |= {"outlier_values": (torch.bfloat16, shape), "outlier_columns": (torch.uint8, shape)}
     return tensors
 
 
