@@ -87,10 +87,15 @@ def _grouped_matmul(
 ) -> Tensor:
     bank = IntBank(codes, row_scales, scales, zeros, bits, group, x.shape[-1])
     check_operands(x, slots, bank)
-    if codes.device.type == "cpu" and _native_ready():
+    return multiply(x, slots, bank)
+
+
+def multiply(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
+    """As `grouped_matmul`, for operands that are checked already."""
+    if bank.codes.device.type == "cpu" and _native_ready():
         return _on_cpu(x, slots, bank)
     crowd.check_range("slots", slots, -1, bank.count)
-    return reference.grouped_matmul(x, slots, codes, row_scales, scales, zeros, bits, group)
+    return reference.grouped_matmul(x, slots, bank.codes, bank.row_scales, bank.scales, bank.zeros, bank.bits, bank.group)
 
 
 def _on_cpu(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:

@@ -58,21 +58,23 @@ def _tensors(bank: OutlierBank) -> tuple[Tensor | None, ...]:
 def _matmul(x: Tensor, slots: Tensor, codes: Tensor, row_scales: Tensor, scales: Tensor | None, zeros: Tensor | None,
             values: Tensor, columns: Tensor, bits: int, group: int, share: float) -> Tensor:  # fmt: skip
     bank = OutlierBank(IntBank(codes, row_scales, scales, zeros, bits, group, x.shape[-1]), values, columns, share)
-    outliers.check_shapes(bank)
     ops.check_operands(x, slots, bank.dense)
+    outliers.check_added(bank)
     if x.dtype == torch.float16:
         return matmul(x.float(), slots, bank).to(torch.float16)
     dense_type = torch.bfloat16 if x.dtype == torch.bfloat16 and native.multiplies_bfloat16() else torch.float32
     dense = crowd.crowded(slots, ops.CROWD[dense_type]) if x.device.type == "cpu" else []
-    crowd.check_range("slots", slots, -1, bank.dense.count)
 
     def few(x: Tensor, slots: Tensor) -> Tensor:
-        return (ops.grouped_matmul(x, slots, bank.dense) + _added(x, slots, bank)).to(x.dtype)
+        return ops.multiply(x, slots, bank.dense).add_(_added(x, slots, bank))
 
     def unpack(slot: int, first: int, last: int, out: Tensor) -> None:
         out.copy_(_rows(bank, slice(slot, slot + 1), first, last)[0])
 
-    return crowd.multiply(x, slots, dense, bank.dense.rows, dense_type, few, unpack) if dense else few(x, slots)
+    if not dense:
+        return few(x, slots)
+    crowd.check_range("slots", slots, -1, bank.dense.count)
+    return crowd.multiply(x, slots, dense, bank.dense.rows, dense_type, few, unpack)
 
 
 def _added(x: Tensor, slots: Tensor, bank: OutlierBank) -> Tensor:

@@ -6,8 +6,8 @@ byte can point outside a segment, and every bank is rectangular. Shapes: n matri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from moecompress.errors import UserError
 from moecompress.pack import int_format
 from moecompress.pack.fields import demand, wrong
 from moecompress.pack.int_format import IntBank
+from moecompress.recipe import OUTLIER_SHARES
 
 SEGMENT = 256  # columns
 BITS = (2, 3, 4)
+PER_MILLE = tuple(round(1000 * share) for share in OUTLIER_SHARES)
 BYTES = 3  # of one outlier: 16 bits of value, 8 of column
 NAMES = ("outlier_values", "outlier_columns")
 
@@ -46,7 +48,7 @@ def counts(cols: int, share: float) -> list[int]:
     """How many of a row's outliers lie in each segment: as even as whole numbers allow."""
     k = in_a_row(cols, share)
     before = [(2 * k * min(end, cols) + cols) // (2 * cols) for end in range(0, cols + SEGMENT, SEGMENT)]
-    return [last - first for first, last in zip(before, before[1:], strict=False)]
+    return [last - first for first, last in pairwise(before)]
 
 
 def starts(cols: int, share: float) -> Tensor:
@@ -95,27 +97,22 @@ def select(bank: OutlierBank, index: slice | Tensor) -> OutlierBank:
 def check(bank: OutlierBank) -> None:
     """Raise UserError, naming the tensor, unless every tensor has the shape and dtype that the format demands, and every
     outlier a column of the matrix."""
-    check_shapes(bank)
+    int_format.check(bank.dense)
+    check_added(bank)
     last, cols = counts(bank.dense.cols, bank.share)[-1], bank.dense.cols
     width = (cols - 1) % SEGMENT + 1
     if last and bank.columns.numel() and int(bank.columns[:, -last:].max()) >= width:
         raise wrong(NAMES[1], f"columns below {cols}", f"column {cols - width + int(bank.columns[:, -last:].max())}")
 
 
-def check_shapes(bank: OutlierBank) -> None:
-    """The same without looking at the columns."""
-    if bank.dense.bits not in BITS:
-        raise UserError("outliers go with few bits only", expected=f"one of {BITS}", got=bank.dense.bits)
-    int_format.check(bank.dense)
+def check_added(bank: OutlierBank) -> None:
+    """Raise UserError unless shapes and dtypes of the outliers fit the integers, which are checked already."""
+    if bank.dense.bits not in BITS or round(1000 * bank.share) not in PER_MILLE:
+        raise UserError("the format has no such outliers", expected=f"{BITS} bits and shares of {PER_MILLE} in a thousand",
+                        got=f"{bank.dense.bits} bits, {bank.share:g}")  # fmt: skip
     count, rows = bank.dense.codes.shape[:2]
     shape = (count, in_a_row(bank.dense.cols, bank.share), rows)
     for name, tensor, dtype in zip(NAMES, (bank.values, bank.columns), (torch.bfloat16, torch.uint8), strict=True):
         demand(name, tensor, dtype, shape)
         if tensor.device != bank.dense.codes.device:
             raise wrong(name, f"on {bank.dense.codes.device}, with the codes", f"on {tensor.device}")
-
-
-def from_tensors(tensors: Mapping[str, Tensor], bits: int, group: int, cols: int, share: float) -> OutlierBank:
-    """A bank from the tensors of a file; not checked."""
-    dense = IntBank(tensors["codes"], tensors["row_scales"], tensors.get("scales"), tensors.get("zeros"), bits, group, cols)
-    return OutlierBank(dense, *(tensors[name] for name in NAMES), share)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from moecompress.pack.outliers import SEGMENT, counts
+from moecompress.pack.scheme import Scheme
 from moecompress.quantize import gptq
 from moecompress.quantize.grid import Grid, fit
 
@@ -20,13 +21,12 @@ from moecompress.quantize.grid import Grid, fit
 EQUATIONS = 1 << 24
 
 
-def choose(weights: torch.Tensor, cost: torch.Tensor, scheme) -> torch.Tensor:
+def choose(weights: torch.Tensor, cost: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Columns int64 [E, o, k] of the outliers of weights [E, o, i], rising; cost: [E, i], of a squared error in a column."""
     grid = fit(weights, cost, int(scheme.bits), scheme.group, scheme.symmetric)
     lost = (weights - gptq.values(gptq.rtn(weights, grid), grid)).square() * cost[:, None]
-    chosen = [part.topk(count, -1).indices.sort(-1).values + SEGMENT * segment
-              for segment, (part, count) in enumerate(zip(lost.split(SEGMENT, -1), counts(weights.shape[-1], scheme.outliers), strict=True))]  # fmt: skip
-    return torch.cat(chosen, -1)
+    segments = zip(lost.split(SEGMENT, -1), counts(weights.shape[-1], scheme.outliers), strict=True)
+    return torch.cat([part.topk(count, -1).indices.sort(-1).values + SEGMENT * number for number, (part, count) in enumerate(segments)], -1)
 
 
 def mask(weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def mask(weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.zeros(weights.shape, dtype=torch.bool).scatter_(-1, index, True)
 
 
-def fit_rest(weights: torch.Tensor, importance: torch.Tensor, exact: torch.Tensor, scheme) -> Grid:
+def fit_rest(weights: torch.Tensor, importance: torch.Tensor, exact: torch.Tensor, scheme: Scheme) -> Grid:
     """The grid for what is left when the outliers, where ``exact``, are set aside; importance: [E, i]."""
     experts, rows, cols = weights.shape
     rest = weights.masked_fill(exact, 0).view(experts * rows, 1, cols)
@@ -47,7 +47,7 @@ def fit_rest(weights: torch.Tensor, importance: torch.Tensor, exact: torch.Tenso
 
 def solve(off: torch.Tensor, hessian: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Values bfloat16 [E, o, k] at ``index`` that leave the least of tr(R H Rᵀ), R = off [E, o, i] less those values."""
-    experts, rows, cols = off.shape
+    experts, _, cols = off.shape
     k = index.shape[-1]
     right = (off @ hessian).gather(-1, index)
     flat, parts = hessian.flatten(1), []
