@@ -79,6 +79,8 @@ Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 #: bits a weight of the trellis code (pack/trellis.py)
 TRELLIS_RATES = (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4)
+#: bits a weight of vector codes (pack/vector.py)
+VECTOR_RATES = (1, 1.5, 2, 3)
 #: shares of weights that integers may keep at 16 bits (pack/outliers.py)
 OUTLIER_SHARES = (0.005, 0.01, 0.02)
 Width = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_width)]
@@ -136,9 +138,9 @@ _GROUPED = ("int", "nested")
 class CandidateRecipe(_Section):
     """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized."""
 
-    code: Literal["int", "nested", "trellis", "ternary", "sign"] = "int"
+    code: Literal["int", "nested", "trellis", "vector", "ternary", "sign"] = "int"
     #: int: 2, 3, 4, 8; nested: 3 or 4, and any fewer down to 2 when loading; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4;
-    #: not given for ternary (1.6) and sign (1)
+    #: vector: 1, 1.5, 2, 3; not given for ternary (1.6) and sign (1)
     bits: Annotated[float, BeforeValidator(_no_bool)]
     #: int and nested: columns that share a scale; 0: the whole row
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
@@ -150,7 +152,7 @@ class CandidateRecipe(_Section):
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: float, info: ValidationInfo) -> float:
-        special = {"nested": (3, 4), "trellis": TRELLIS_RATES, "ternary": (1.6,), "sign": (1,)}
+        special = {"nested": (3, 4), "trellis": TRELLIS_RATES, "vector": VECTOR_RATES, "ternary": (1.6,), "sign": (1,)}
         known = special.get(info.data.get("code", "int"), (2, 3, 4, 8, 16))
         if value not in known:
             *others, last = (f"{bits:g}" for bits in known)

@@ -1,5 +1,5 @@
 """A scheme names how a matrix is stored: "b3g64s" (integers), "b2g64a_o1" (with 1 % outliers), "n4g64s" (nested ones), "t2_5"
-(trellis), "ternary", "sign", "b16" (as it was)."""
+(trellis), "v2" (vectors), "ternary", "sign", "b16" (as it was)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass, replace
 
 from moecompress.errors import UserError
-from moecompress.recipe import TRELLIS_RATES
+from moecompress.recipe import TRELLIS_RATES, VECTOR_RATES
 
-INT, TRELLIS, TERNARY, SIGN, NESTED = "int", "trellis", "ternary", "sign", "nested"
+INT, TRELLIS, TERNARY, SIGN, NESTED, VECTOR = "int", "trellis", "ternary", "sign", "nested", "vector"
 
 
 @dataclass(frozen=True, order=True)
@@ -27,9 +27,9 @@ class Scheme:
     @property
     def name(self) -> str:
         """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``b2g64a_o1`` (1 % outliers), ``n4g64s`` (nested), ``t2_5`` (2.5 bits;
-        names of modules have no points), or ``b16``."""
-        if self.code == TRELLIS:
-            return f"t{self.bits:g}".replace(".", "_")
+        names of modules have no points), ``v2`` (vectors), or ``b16``."""
+        if self.code in (TRELLIS, VECTOR):
+            return f"{self.code[0]}{self.bits:g}".replace(".", "_")
         if self.code == NESTED:
             return f"n{self.bits:g}g{self.group}s"
         if self.code != INT:
@@ -48,7 +48,7 @@ class Scheme:
             return cls(int(kept[1]), int(kept[2]), kept[3] == "s", outliers=float(kept[4].replace("_", ".")) / 100)
         if match is None:
             raise UserError(f"no storage scheme is called {name!r}",
-                            expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, ternary, sign or b16")  # fmt: skip
+                            expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, v2, ternary, sign or b16")  # fmt: skip
         return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
 
     def fitted(self, cols: int) -> Scheme:
@@ -56,14 +56,16 @@ class Scheme:
         return replace(self, group=0) if self.group >= cols else self
 
     def price(self, rows: int, cols: int, weights_dtype_bytes: int = 2) -> int:
-        """Exact stored bytes of a ``rows`` × ``cols`` matrix. At 16 bits it keeps the input's dtype."""
+        """Exact stored bytes of a ``rows`` × ``cols`` matrix, without `shared_bytes`. At 16 bits it keeps the input's dtype."""
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
-        from moecompress.pack import int_format, nested, outliers, ternary, trellis
+        from moecompress.pack import int_format, nested, outliers, ternary, trellis, vector
 
         if self.code == TRELLIS:
             return trellis.stored_bytes(rows, cols, self.bits)
+        if self.code == VECTOR:
+            return vector.stored_bytes(rows, cols, self.bits)
         if self.code == TERNARY:
             return ternary.ternary_bytes(rows, cols)
         if self.code == SIGN:
@@ -74,8 +76,16 @@ class Scheme:
             return outliers.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric, self.outliers)
         return int_format.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric)
 
+    @property
+    def shared_bytes(self) -> int:
+        """Exact stored bytes that all matrices of a bank have in common, however many they are."""
+        from moecompress.pack import vector
+
+        return vector.book_bytes(self.bits) if self.code == VECTOR else 0
+
 
 _PLAIN = {
     scheme.name: scheme
-    for scheme in (Scheme(16), Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES))
+    for scheme in (Scheme(16), Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES),
+                   *(Scheme(r, code=VECTOR) for r in VECTOR_RATES))
 }

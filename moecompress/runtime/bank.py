@@ -8,21 +8,23 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
+from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul, vector_matmul
 from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import nested, outliers, ternary, trellis
+from moecompress.pack import nested, outliers, ternary, trellis, vector
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import NESTED, SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.scheme import NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class PackedBank(nn.Module):
-    """n matrices (rows × cols). Subclasses know a format; `make_bank` chooses. ``turns``: x and y of `matmul` are rotated."""
+    """n matrices (rows × cols). Subclasses know a format; `make_bank` chooses. ``turns``: x and y of `matmul` are rotated.
+    ``shared``: tensors that all matrices have in common, without a dimension for them."""
 
     turns = False
+    shared: tuple[str, ...] = ()
 
     def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0):
         super().__init__()
@@ -138,6 +140,19 @@ class FewValues(PackedBank):
         return ternary_matmul.matmul(x, slots, self.bank())
 
 
+class Vectors(PackedBank):
+    shared = ("book",)
+
+    def bank(self) -> vector.VectorBank:
+        return vector.VectorBank(self.codes, self.row_scales, self.book, self.scheme.bits, self.cols)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return vector.dequantize(self.bank(), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return vector_matmul.matmul(x, slots, self.bank())
+
+
 def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0, load_bits: int | None = None
               ) -> PackedBank:  # fmt: skip
     """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation; ``load_bits``: at most so many
@@ -147,7 +162,7 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
     if scheme.outliers:
         return IntegersWithOutliers(scheme, count, rows, cols, dtype)
-    kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues}
+    kinds = {TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
@@ -159,6 +174,10 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
     if scheme.code == TRELLIS:
         down, across = trellis.tiles(rows, cols, scheme.bits)
         return {"stream": (torch.uint8, (count, down * across, trellis.tile_bytes(scheme.bits))), "scales": (torch.float32, (count,))}
+    if scheme.code == VECTOR:
+        book = (vector.entries(scheme.bits), vector.RATES[scheme.bits][0])
+        return {"codes": (torch.uint8, (count, rows, vector.row_bytes(cols, scheme.bits))), "row_scales": (torch.bfloat16, (count, rows)),
+                "book": (torch.bfloat16, book)}  # fmt: skip
     if scheme.code == TERNARY:
         return {"codes": (torch.uint8, (count, rows, -(-cols // 5))), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == SIGN:
