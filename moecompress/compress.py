@@ -180,8 +180,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     used = [Scheme.parse(name) for name in {name for _, name in members}]
     chunk = chunk_size(layout, calibration.workspace_bytes)
     books = _books(opened, moe, capture, schemes, calibration, chunk)
-    for where, book in books.items():
-        _fill(filled[where], {"book": book})
+    for named, book in books.items():
+        _fill(filled[named], {"book": book})
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
         experts_here = [f"{moe.module}.{e}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
