@@ -23,7 +23,8 @@ SMALLEST = 1e-30
 
 
 def sample(weights: torch.Tensor, importance: torch.Tensor, bits: float, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """``count`` vectors [N, d] (or all, if there are fewer), in random order, of matrices [n, o, i], each row divided by its scale, and what their squared errors cost, [N, d].
+    """``count`` vectors [N, d] (or all, if there are fewer), in random order, of matrices [n, o, i], each row divided by its
+    scale, and what their squared errors cost, [N, d].
 
     importance: [n, i], usually the diagonal of the Hessian.
     """
