@@ -83,16 +83,16 @@ def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: 
     else:
         upper, failed = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
         fallen = torch.tensor([name in failed for name in names])
+    lower = None
+    if VECTOR in codes:
+        lower, unfactored = _lower(hessian, names, settings)
+        fallen = fallen | unfactored
     if fallen.any():  # only the diagonal is believed then: rounding to nearest
         diagonal = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1))
         hessian = torch.where(fallen[:, None, None], diagonal, hessian)
     turned = None
     if TRELLIS in codes:
         turned, unfactored = trellis.study(hessian, names, settings.damping, settings.seed, settings.allow_fallback)
-        fallen = fallen | unfactored
-    lower = None
-    if VECTOR in codes:
-        lower, unfactored = _lower(hessian, names, settings)
         fallen = fallen | unfactored
     return Inputs(hessian, order, upper, fallen, turned, lower)
 

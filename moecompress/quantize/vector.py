@@ -108,8 +108,9 @@ def encode(weights: torch.Tensor, hessian: torch.Tensor, lower: torch.Tensor | N
 def expected_error(weights: torch.Tensor, hessian: torch.Tensor, lower: torch.Tensor, row_weight: torch.Tensor, bits: float) -> torch.Tensor:
     """Expected output error float64 [n] of weights [n, o, i], without assigning: the error of a quick book on vectors it has
     not seen, by the pivots of the blockwise LDL factorisation. row_weight [n, o]."""
-    d, size = RATES[bits][0], QUICK_PER_ENTRY * entries(bits)
-    values, importance = sample(weights, hessian.diagonal(dim1=-2, dim2=-1), bits, size + size // 4)
+    d = RATES[bits][0]
+    values, importance = sample(weights, hessian.diagonal(dim1=-2, dim2=-1), bits, QUICK_PER_ENTRY * entries(bits))
+    size = max(1, 4 * (len(values) - 1) // 5)
     book = train(values[:size], importance[:size], bits, QUICK_ROUNDS).float()
     _, cost = assign(values[size:], importance[size:], book)
     share = (cost.sum(dtype=torch.float64) / importance[size:].sum(dtype=torch.float64)).clamp_min(0)
