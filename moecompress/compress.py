@@ -19,8 +19,9 @@ from moecompress.model.checkpoint import read_header, write_shard, write_text
 from moecompress.model.memory import forget
 from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
-from moecompress.pack.scheme import Scheme
+from moecompress.pack.scheme import VECTOR, Scheme
 from moecompress.progress import track
+from moecompress.quantize import vector
 from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.bank import PackedBank, make_bank
 from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
@@ -179,6 +180,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     filled = _empty_banks(layout, contents, opened.stored_dtype, settings.seed)
     used = [Scheme.parse(name) for name in {name for _, name in members}]
     chunk = chunk_size(layout, calibration.workspace_bytes)
+    books = _books(opened, moe, capture, schemes, calibration, chunk)
+    for named, book in books.items():
+        _fill(filled[named], {"book": book})
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
         experts_here = [f"{moe.module}.{e}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
@@ -198,9 +202,11 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 if scheme.bits == 16:
                     bank.weight[slots] = weights.to(bank.weight.dtype)
                     continue
-                encoded = encode(weights, inputs[moments.source(projection)].take(positions), scheme, settings)
+                book = books.get((projection, scheme.name))
+                encoded = encode(weights, inputs[moments.source(projection)].take(positions), scheme, settings, book)
                 for key, value in encoded.bank.tensors().items():
-                    _assignable(getattr(bank, key))[slots] = _assignable(value)
+                    if key not in bank.shared:
+                        _assignable(getattr(bank, key))[slots] = _assignable(value)
                 if encoded.archived_bits is not None:
                     record["archived"][f"{moe.module}.{projection}"] = {"scheme": scheme.name, "bits": encoded.archived_bits}
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
@@ -218,6 +224,30 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     for projection in layout.projections:
         record["schemes"].update({f"{moe.module}.{e}.{projection}": s.name for e, s in enumerate(schemes[projection])})
     return tensors
+
+
+def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]], calibration: Calibration, chunk: int
+           ) -> dict[tuple[str, str], torch.Tensor]:  # fmt: skip
+    """A book for every bank of vectors, of all experts in it; where there are any, moments are made twice."""
+    users = {(projection, scheme): of_experts.count(scheme) for projection, of_experts in schemes.items()
+             for scheme in set(of_experts) if scheme.code == VECTOR}  # fmt: skip
+    if not users:
+        return {}
+    experts = opened.model.get_submodule(moe.module)
+    samples: dict[tuple[str, Scheme], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    for moments in expert_moments(experts, moe.layout, capture, calibration.hessian, calibration.shrink, chunk):
+        for (projection, scheme), count in users.items():
+            here = [i for i, e in enumerate(moments.experts) if schemes[projection][e] == scheme]
+            if here:
+                diagonal = moments.hessians[moments.source(projection)][here].diagonal(dim1=-2, dim2=-1)
+                share = -(-vector.size_of_sample(scheme.bits) * len(here) // count)
+                samples[projection, scheme].append(vector.sample(moments.weights[projection][here], diagonal, scheme.bits, share))
+    books = {}
+    for (projection, scheme), parts in sorted(samples.items(), key=lambda item: (item[0][0], item[0][1].name)):
+        mixed = torch.randperm(sum(len(values) for values, _ in parts), generator=torch.Generator().manual_seed(0))
+        values, importance = (torch.cat(column)[mixed] for column in zip(*parts, strict=True))
+        books[projection, scheme.name] = vector.train(values, importance, scheme.bits)
+    return books
 
 
 def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int

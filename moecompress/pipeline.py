@@ -91,9 +91,13 @@ def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
         return make_plan(units, candidates, harm, budget_bytes, settings, factors=factors, seed=seed)
 
     made = make(budget)
+    books = shared_bytes(job.opened.anatomy, statistics.schemes)
     if job.recipe.target.size is not None and budget is not None:
-        made = use_whole_size(job, made, budget, job.recipe.target.size, make)
-    uniform = uniform_plan(units, candidates, harm, made.target_bytes)
+        made = use_whole_size(made, budget, job.recipe.target.size, make, lambda plan: written_bytes(job, plan))
+    elif books and budget is not None:  # those that the plan does not need leave bytes to it
+        made = use_whole_size(made, budget, budget + books, make, lambda plan: plan.bytes + shared_bytes_of(job.opened.anatomy, plan))
+    # Every plan fits what all books leave; another one with the bytes of this plan may need more of them.
+    uniform = uniform_plan(units, candidates, harm, budget if books and budget is not None else made.target_bytes)
     return made, uniform
 
 
@@ -242,17 +246,18 @@ def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]
     }
 
 
-def use_whole_size(job: Job, made: Plan, budget: int, size: int, make: Callable[[int], Plan]) -> Plan:
-    """``budget`` allowed for the longest headers that any plan needs; give what this plan's headers leave to its matrices."""
+def use_whole_size(made: Plan, budget: int, size: int, make: Callable[[int], Plan], written: Callable[[Plan], int]) -> Plan:
+    """``budget`` allowed for the longest headers and all the books that any plan needs; give what this plan's leave to its
+    matrices. ``written``: all bytes of a plan, ``size`` at most."""
     best = made
     for _ in range(SIZE_ROUNDS):
-        left = size - written_bytes(job, made)
+        left = size - written(made)
         if 0 <= left < SIZE_SLACK * size:
             break
         # Too large: the next plan must be another one, so it may not even have this one's bytes.
         budget = budget + left if left >= 0 else min(budget + left, made.bytes - 1)
         made = make(budget)
-        if written_bytes(job, made) <= size and made.bytes > best.bytes:
+        if written(made) <= size and made.bytes > best.bytes:
             best = made
     return best
 
@@ -290,11 +295,23 @@ def index_bytes(anatomy: Anatomy) -> int:
     return sum(4 * moe.layout.experts * len(moe.layout.projections) for moe in anatomy.moe.values())
 
 
+def shared_bytes(anatomy: Anatomy, schemes: list[str]) -> int:
+    """What the matrices of a bank have in common (books), if every scheme is used in every layer and projection."""
+    return sum(Scheme.parse(name).shared_bytes for name in schemes) * sum(len(moe.layout.projections) for moe in anatomy.moe.values())
+
+
+def shared_bytes_of(anatomy: Anatomy, chosen: Plan) -> int:
+    """The same for the schemes that a plan uses."""
+    banks = (scheme for layer in by_layer(anatomy, chosen).values() for schemes in layer.values() for scheme in set(schemes))
+    return sum(scheme.shared_bytes for scheme in banks)
+
+
 def expert_budget(job: Job, statistics: Statistics) -> int | None:
-    """Bytes that the banks of all experts may take, indices excluded."""
+    """Bytes that the matrices of all experts may take; indices and what the matrices of a bank share are excluded."""
     target, anatomy = job.recipe.target, job.opened.anatomy
     if target.bits is not None:
-        return int(target.bits * job.given.opened.anatomy.expert_weights / 8) - index_bytes(anatomy)
+        allowed = int(target.bits * job.given.opened.anatomy.expert_weights / 8)
+        return allowed - index_bytes(anatomy) - shared_bytes(anatomy, statistics.schemes)
     if target.size is not None:
         return target.size - fixed_bytes(job, statistics.schemes)
     refuse_no_target(job.recipe)
@@ -310,10 +327,10 @@ def refuse_no_target(recipe: Recipe) -> None:
 
 
 def fixed_bytes(job: Job, schemes: list[str]) -> int:
-    """Bytes of the shards that no plan changes: kept tensors, packed linears, indices, and the files' headers (at most)."""
+    """Bytes of the shards that no plan changes: kept tensors, packed linears, indices; the files' headers and books at most."""
     opened, q = job.opened, job.recipe.quantize
     linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
-    size, names = index_bytes(opened.anatomy), 0
+    size, names = index_bytes(opened.anatomy) + shared_bytes(opened.anatomy, schemes), 0
     for info in opened.anatomy.tensors:
         linear = info.target.removesuffix(".weight")
         if linear in linears:
@@ -322,7 +339,8 @@ def fixed_bytes(job: Job, schemes: list[str]) -> int:
         elif info.role != EXPERT:
             size += info.nbytes
             names += len(info.name) + 90
-    entries = 6 if any(Scheme.parse(name).code == NESTED for name in schemes) else 4
+    known = [Scheme.parse(name) for name in schemes]
+    entries = 7 if any(scheme.outliers for scheme in known) else 6 if any(scheme.code == NESTED for scheme in known) else 4
     for moe in opened.anatomy.moe.values():
         per_bank = entries * (len(moe.module) + 130)
         names += len(moe.layout.projections) * min(len(schemes), moe.layout.experts) * per_bank + 130
@@ -336,7 +354,8 @@ def too_small(job: Job, budget: int, least: int) -> UserError:
         smallest = target.size - budget + least
         return UserError("The target size cannot be reached", expected=f"at least {smallest:,} bytes with these candidates",
                          got=f"{target.size:,} bytes", remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
-    weights, extra = job.given.opened.anatomy.expert_weights, index_bytes(job.opened.anatomy)
+    weights, anatomy = job.given.opened.anatomy.expert_weights, job.opened.anatomy
+    extra = index_bytes(anatomy) + shared_bytes(anatomy, [scheme.name for scheme in job.schemes])
     return UserError("The target cannot be reached", expected=f"at least {8 * (least + extra) / weights:.4f} bits per expert weight",
                      got=target.bits, remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
 

@@ -81,6 +81,10 @@ Number = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 TRELLIS_RATES = (0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4)
 #: bits a weight for the words of the dictionary code (pack/dictionary.py)
 DICTIONARY_RATES = (0.7, 0.8, 0.9, 1, 1.1, 1.2)
+#: bits a weight of vector codes (pack/vector.py)
+VECTOR_RATES = (1, 1.5, 2, 3)
+#: shares of weights that integers may keep at 16 bits (pack/outliers.py)
+OUTLIER_SHARES = (0.005, 0.01, 0.02)
 Width = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_width)]
 
 
@@ -136,19 +140,22 @@ _GROUPED = ("int", "nested")
 class CandidateRecipe(_Section):
     """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized."""
 
-    code: Literal["int", "nested", "trellis", "ternary", "sign", "dictionary"] = "int"
+    code: Literal["int", "nested", "trellis", "vector", "ternary", "sign", "dictionary"] = "int"
     #: int: 2, 3, 4, 8; nested: 3 or 4, and any fewer down to 2 when loading; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4;
-    #: dictionary: 0.7, 0.8, 0.9, 1, 1.1 or 1.2 for its words; not given for ternary (1.6) and sign (1)
+    #: vector: 1, 1.5, 2, 3; dictionary: 0.7, 0.8, 0.9, 1, 1.1 or 1.2 for its words; not given for ternary (1.6) and sign (1)
     bits: Annotated[float, BeforeValidator(_no_bool)]
     #: int and nested: columns that share a scale; 0: the whole row
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
     #: int: without zero points
     symmetric: bool = True
+    #: int of 2, 3 or 4 bits: share of the weights, the most sensitive of every row, that keep 16 bits; 0.005, 0.01 or 0.02
+    outliers: Annotated[float, BeforeValidator(_no_bool)] = 0.0
 
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: float, info: ValidationInfo) -> float:
-        special = {"nested": (3, 4), "trellis": TRELLIS_RATES, "dictionary": DICTIONARY_RATES, "ternary": (1.6,), "sign": (1,)}
+        special = {"nested": (3, 4), "trellis": TRELLIS_RATES, "vector": VECTOR_RATES, "dictionary": DICTIONARY_RATES,
+                   "ternary": (1.6,), "sign": (1,)}  # fmt: skip
         known = special.get(info.data.get("code", "int"), (2, 3, 4, 8, 16))
         if value not in known:
             *others, last = (f"{bits:g}" for bits in known)
@@ -160,6 +167,13 @@ class CandidateRecipe(_Section):
     def _known_group(cls, value: int) -> int:
         if value not in (0, 32, 64, 128):
             raise ValueError("should be 32, 64 or 128, or 0 for one scale per row")
+        return value
+
+    @field_validator("outliers")
+    @classmethod
+    def _known_share(cls, value: float) -> float:
+        if value not in (0, *OUTLIER_SHARES):
+            raise ValueError("should be 0.005, 0.01 or 0.02, or 0 for none")
         return value
 
     @model_validator(mode="before")
@@ -180,6 +194,8 @@ class CandidateRecipe(_Section):
             raise ValueError("only a candidate of 2, 3, 4 or 8-bit integers has group and symmetric")
         if self.code == "nested" and not self.symmetric:
             raise ValueError("a nested candidate has no zeros; leave out symmetric")
+        if self.outliers and (self.code != "int" or self.bits > 4):
+            raise ValueError("only a candidate of 2, 3 or 4-bit integers has outliers")
         return self
 
 

@@ -67,7 +67,7 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
     again = load_recipe(written(tmp_path, recipe.to_yaml()))
     assert again == recipe and again.fingerprint() == recipe.fingerprint()
     for candidate in recipe.allocate.candidates:
-        spec = Candidate(candidate.bits, candidate.group, candidate.symmetric, candidate.code)
+        spec = Candidate(candidate.bits, candidate.group, candidate.symmetric, candidate.code, candidate.outliers)
         assert Candidate.parse(spec.name) == spec
     header = path.read_text(encoding="utf-8").split("name:")[0]
     assert all(f"# {word}:" in header for word in ("command", "hardware", "size", "divergence"))
@@ -152,6 +152,9 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("allocate: {candidates: [{group: 64}]}\n", "is missing"),
         ("allocate: {candidates: [{code: nested, bits: 2}]}\n", "should be 3 or 4"),
         ("allocate: {candidates: [{code: nested, bits: 4, symmetric: false}]}\n", "a nested candidate has no zeros"),
+        ("allocate: {candidates: [{bits: 2, outliers: 0.1}]}\n", "should be 0.005, 0.01 or 0.02, or 0 for none"),
+        ("allocate: {candidates: [{bits: 8, outliers: 0.01}]}\n", "only a candidate of 2, 3 or 4-bit integers has outliers"),
+        ("allocate: {candidates: [{code: trellis, bits: 2, outliers: 0.01}]}\n", "only a candidate of 2, 3 or 4-bit integers has outliers"),
         ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers"),
         ("allocate: {allocator: pmq, granularity: layer}\n", "decides per expert"),
         ("quantize: {hessian: g3}\n", "'1', 'g' or 'g2'"),

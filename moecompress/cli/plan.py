@@ -100,10 +100,10 @@ def command(
     made, _ = pipeline.plan(job, statistics)
     if output is not None:
         output.write_text(made.to_json(), encoding="utf-8")
-    index = pipeline.index_bytes(job.opened.anatomy)
+    extra = pipeline.index_bytes(job.opened.anatomy) + pipeline.shared_bytes_of(job.opened.anatomy, made)
     record = {
         "allocator": made.allocator, "granularity": made.granularity, "bytes": made.bytes,
-        "bits_per_weight": 8 * (made.bytes + index) / job.opened.anatomy.expert_weights,
+        "bits_per_weight": 8 * (made.bytes + extra) / job.opened.anatomy.expert_weights,
         "total_bytes": pipeline.written_bytes(job, made), "predicted_kl": made.harm, "gap": made.gap,
         "controls": {name: {"bytes": c.bytes, "predicted_kl": c.harm} for name, c in made.controls.items()},
         "plan": {choice.unit: choice.candidate for choice in made.choices},

@@ -58,7 +58,7 @@ def _native_ready() -> bool:
     return False
 
 
-def _operands(x: Tensor, slots: Tensor, bank: IntBank) -> None:
+def check_operands(x: Tensor, slots: Tensor, bank: IntBank) -> None:
     """Raise UserError unless x and slots fit the bank and each other; the range of the slots is not looked at."""
     int_format.check(bank)
     if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -86,11 +86,16 @@ def _grouped_matmul(
     group: int,
 ) -> Tensor:
     bank = IntBank(codes, row_scales, scales, zeros, bits, group, x.shape[-1])
-    _operands(x, slots, bank)
-    if codes.device.type == "cpu" and _native_ready():
+    check_operands(x, slots, bank)
+    return multiply(x, slots, bank)
+
+
+def multiply(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
+    """As `grouped_matmul`, for operands that are checked already."""
+    if bank.codes.device.type == "cpu" and _native_ready():
         return _on_cpu(x, slots, bank)
     crowd.check_range("slots", slots, -1, bank.count)
-    return reference.grouped_matmul(x, slots, codes, row_scales, scales, zeros, bits, group)
+    return reference.grouped_matmul(x, slots, bank.codes, bank.row_scales, bank.scales, bank.zeros, bank.bits, bank.group)
 
 
 def _on_cpu(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:

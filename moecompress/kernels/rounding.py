@@ -8,12 +8,12 @@ import torch
 
 from moecompress.kernels import library
 
-INTERFACE = 3  # kInterface in rounding.cpp
+INTERFACE = 4  # kInterface in rounding.cpp
 
 
 class _Feedback(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "matrix", "scales", "zeros", "order", "codes", "balance")),
+        *((name, ctypes.c_void_p) for name in ("values", "matrix", "scales", "zeros", "order", "codes", "balance", "exact")),
         *((name, ctypes.c_int64) for name in ("count", "rows", "cols", "groups", "width")),
         *((name, ctypes.c_int32) for name in ("bits", "descend", "widths")),
     )
@@ -39,12 +39,14 @@ def available() -> bool:
 
 
 def feedback(values: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, codes: torch.Tensor,
-             width: int, bits: int, order: torch.Tensor | None, descend: bool, balance: torch.Tensor | None = None) -> None:  # fmt: skip
+             width: int, bits: int, order: torch.Tensor | None, descend: bool, balance: torch.Tensor | None = None,
+             exact: torch.Tensor | None = None) -> None:  # fmt: skip
     """Fill ``codes`` uint8 [n, rows, cols] in place.
 
     Rounding with feedback: values are weights and matrix the upper factor, both in processing ``order`` [n, cols].
     Descent: values are pulls (W − Ŵ) H, matrix the Hessian, codes the current ones. scales, zeros: float32 [n, rows, G].
     ``balance`` float32 [w], of nested codes: values have w rows for each row of codes, for bits − w + 1, …, bits bits.
+    ``exact`` bool [n, rows, cols], of rounding codes that are not nested: where nothing is lost, whatever the code.
     """
     widths = 1 if balance is None else len(balance)
     count, rows, cols = values.shape[0], values.shape[1] // widths, values.shape[2]
@@ -54,11 +56,13 @@ def feedback(values: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor, z
     _check({"codes": (codes, (count, rows, cols))}, torch.uint8)
     if balance is not None:
         _check({"balance": (balance, (widths,))}, torch.float32)
+    if exact is not None:
+        _check({"exact": (exact, (count, rows, cols))}, torch.bool)
     if order is not None:
         _check({"order": (order, (count, cols))}, torch.int64)
     job = _Feedback(values.data_ptr(), matrix.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
                     None if order is None else order.data_ptr(), codes.data_ptr(), None if balance is None else balance.data_ptr(),
-                    count, rows, cols, groups, width, bits, int(descend), widths)  # fmt: skip
+                    None if exact is None else exact.data_ptr(), count, rows, cols, groups, width, bits, int(descend), widths)  # fmt: skip
     _run("moec_feedback", job)
 
 

@@ -1,38 +1,41 @@
-"""A scheme names how a matrix is stored: "b3g64s" (integers), "n4g64s" (nested ones), "t2_5" (trellis), "d0_8" (dictionary), "ternary",
-"sign", "b16" (as it was)."""
+"""A scheme names how a matrix is stored: "b3g64s" (integers), "b2g64a_o1" (with 1 % outliers), "n4g64s" (nested ones), "t2_5"
+(trellis), "v2" (vectors), "d0_8" (dictionary), "ternary", "sign", "b16" (as it was)."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecompress.errors import UserError
-from moecompress.recipe import DICTIONARY_RATES, TRELLIS_RATES
+from moecompress.recipe import DICTIONARY_RATES, TRELLIS_RATES, VECTOR_RATES
 
-INT, TRELLIS, TERNARY, SIGN, NESTED, DICTIONARY = "int", "trellis", "ternary", "sign", "nested", "dictionary"
+INT, TRELLIS, TERNARY, SIGN, NESTED, DICTIONARY, VECTOR = "int", "trellis", "ternary", "sign", "nested", "dictionary", "vector"
 
 
 @dataclass(frozen=True, order=True)
 class Scheme:
     """``bits`` a weight without scales. ``group``, ``symmetric``: of integers; columns that share a scale, 0 for one scale a
-    row. ``code``: a format of SPEC.md. At 16 bits nothing is quantized."""
+    row. ``code``: a format of SPEC.md. ``outliers``: of integers; share of the weights that keep 16 bits beside their codes. At
+    16 bits nothing is quantized."""
 
     bits: float
     group: int = 0
     symmetric: bool = True
     code: str = INT
+    outliers: float = 0.0
 
     @property
     def name(self) -> str:
-        """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``n4g64s`` (nested), ``t2_5`` (2.5 bits; names of modules have no
-        points), ``d0_8`` (dictionary), or ``b16``."""
-        if self.code in (TRELLIS, DICTIONARY):
+        """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``b2g64a_o1`` (1 % outliers), ``n4g64s`` (nested), ``t2_5`` (2.5 bits;
+        names of modules have no points), ``v2`` (vectors), ``d0_8`` (dictionary), or ``b16``."""
+        if self.code in (TRELLIS, VECTOR, DICTIONARY):
             return f"{self.code[0]}{self.bits:g}".replace(".", "_")
         if self.code == NESTED:
             return f"n{self.bits:g}g{self.group}s"
         if self.code != INT:
             return self.code
-        return "b16" if self.bits == 16 else f"b{self.bits:g}g{self.group}{'s' if self.symmetric else 'a'}"
+        kept = f"_o{100 * self.outliers:g}".replace(".", "_") if self.outliers else ""
+        return "b16" if self.bits == 16 else f"b{self.bits:g}g{self.group}{'s' if self.symmetric else 'a'}{kept}"
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -40,24 +43,29 @@ class Scheme:
         if name in _PLAIN:
             return _PLAIN[name]
         match = re.fullmatch(r"b(2|3|4|8)g(0|32|64|128)([sa])", name) or re.fullmatch(r"n(3|4)g(0|32|64|128)(s)", name)
+        kept = re.fullmatch(r"b([234])g(0|32|64|128)([sa])_o(0_5|1|2)", name)
+        if kept is not None:
+            return cls(int(kept[1]), int(kept[2]), kept[3] == "s", outliers=float(kept[4].replace("_", ".")) / 100)
         if match is None:
             raise UserError(f"no storage scheme is called {name!r}",
-                            expected="a name such as b3g64s, b4g128a, n4g64s, t2_5, d0_8, ternary, sign or b16")  # fmt: skip
+                            expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, v2, d0_8, ternary, sign or b16")  # fmt: skip
         return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
 
     def fitted(self, cols: int) -> Scheme:
         """The same for a matrix of ``cols`` columns: a group that holds the whole row needs no multipliers."""
-        return Scheme(self.bits, 0, self.symmetric, self.code) if self.group >= cols else self
+        return replace(self, group=0) if self.group >= cols else self
 
     def price(self, rows: int, cols: int, weights_dtype_bytes: int = 2) -> int:
-        """Exact stored bytes of a ``rows`` × ``cols`` matrix. At 16 bits it keeps the input's dtype."""
+        """Exact stored bytes of a ``rows`` × ``cols`` matrix, without `shared_bytes`. At 16 bits it keeps the input's dtype."""
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
-        from moecompress.pack import dictionary, int_format, nested, ternary, trellis
+        from moecompress.pack import dictionary, int_format, nested, outliers, ternary, trellis, vector
 
         if self.code == TRELLIS:
             return trellis.stored_bytes(rows, cols, self.bits)
+        if self.code == VECTOR:
+            return vector.stored_bytes(rows, cols, self.bits)
         if self.code == TERNARY:
             return ternary.ternary_bytes(rows, cols)
         if self.code == SIGN:
@@ -66,11 +74,20 @@ class Scheme:
             return dictionary.stored_bytes(rows, cols, self.bits)
         if self.code == NESTED:
             return nested.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group)
+        if self.outliers:
+            return outliers.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric, self.outliers)
         return int_format.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Exact stored bytes that all matrices of a bank have in common, however many they are."""
+        from moecompress.pack import vector
+
+        return vector.book_bytes(self.bits) if self.code == VECTOR else 0
 
 
 _PLAIN = {
     scheme.name: scheme
     for scheme in (Scheme(16), Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES),
-                   *(Scheme(r, code=DICTIONARY) for r in DICTIONARY_RATES))
+                   *(Scheme(r, code=DICTIONARY) for r in DICTIONARY_RATES), *(Scheme(r, code=VECTOR) for r in VECTOR_RATES))
 }

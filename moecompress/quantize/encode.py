@@ -8,15 +8,19 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.pack import nested as nested_format
+from moecompress.pack import outliers as outlier_format
+from moecompress.pack import vector as vector_format
 from moecompress.pack.dictionary import DictionaryBank
 from moecompress.pack.int_format import IntBank, pack
 from moecompress.pack.nested import NestedBank
-from moecompress.pack.scheme import DICTIONARY, INT, NESTED, SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.outliers import OutlierBank
+from moecompress.pack.scheme import DICTIONARY, INT, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
 from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
 from moecompress.pack.trellis import TrellisBank
-from moecompress.quantize import gptq, nested, ternary, trellis, words
+from moecompress.pack.vector import VectorBank
+from moecompress.quantize import gptq, nested, outliers, ternary, trellis, vector, words
 from moecompress.quantize.grid import Grid, fit
-from moecompress.quantize.hessian import damped, factor
+from moecompress.quantize.hessian import damped, damped_cholesky, factor, refuse
 
 #: Nested codes need a copy of the weights for each width: so many weights, rows of all experts, are rounded at a time.
 NESTED_SLAB = 1 << 22
@@ -41,7 +45,8 @@ class Inputs:
     """What error feedback needs to know of the inputs of n matrices; gate and up of an expert share theirs.
 
     hessian [n, i, i]; order [n, i] of processing; upper [n, i, i] inverse Cholesky factor in that order; fallen [n] True
-    where the factorisation failed and the matrix is rounded to nearest; turned: the same for the trellis, if it is used.
+    where the factorisation failed and the matrix is rounded to nearest; turned: the same for the trellis, lower [n, i, i]: the
+    Cholesky factor for vectors, if they are used.
     """
 
     hessian: torch.Tensor
@@ -49,12 +54,14 @@ class Inputs:
     upper: torch.Tensor
     fallen: torch.Tensor
     turned: trellis.Turned | None = None
+    lower: torch.Tensor | None = None
 
     def take(self, positions: list[int]) -> Inputs:
         if len(positions) == len(self.hessian):
             return self
         turned = None if self.turned is None else self.turned.take(positions)
-        return Inputs(self.hessian[positions], self.order[positions], self.upper[positions], self.fallen[positions], turned)
+        lower = None if self.lower is None else self.lower[positions]
+        return Inputs(self.hessian[positions], self.order[positions], self.upper[positions], self.fallen[positions], turned, lower)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits. archived_bits:
     of the dictionary code, what its words' trits take at their entropy (pack/rans.py), a weight."""
 
-    bank: IntBank | NestedBank | TrellisBank | TernaryBank | SignBank | DictionaryBank
+    bank: IntBank | NestedBank | OutlierBank | TrellisBank | VectorBank | TernaryBank | SignBank | DictionaryBank
     error: torch.Tensor
     archived_bits: float | None = None
 
@@ -70,15 +77,19 @@ class Encoded:
 def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: list[Scheme] | None = None) -> Inputs:
     """Order and factors of Hessians [n, i, i]; ``names`` for the error message when one cannot be factorised.
 
-    ``schemes``: those that will be asked for (None: any but the trellis); what none of them needs is left out.
+    ``schemes``: those that will be asked for (None: any but trellis and vectors); what none of them needs is left out.
     """
     codes = {scheme.code for scheme in schemes or [] if scheme.bits != 16}
     order = processing_order(hessian.diagonal(dim1=-2, dim2=-1), settings.order)
-    if codes == {TRELLIS}:
+    if codes and codes <= {TRELLIS, VECTOR}:
         upper, fallen = hessian, torch.zeros(len(names), dtype=torch.bool)
     else:
         upper, failed = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
         fallen = torch.tensor([name in failed for name in names])
+    lower = None
+    if VECTOR in codes:
+        lower, unfactored = _lower(hessian, names, settings)
+        fallen = fallen | unfactored
     if fallen.any():  # only the diagonal is believed then: rounding to nearest
         diagonal = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1))
         hessian = torch.where(fallen[:, None, None], diagonal, hessian)
@@ -86,11 +97,25 @@ def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: 
     if TRELLIS in codes:
         turned, unfactored = trellis.study(hessian, names, settings.damping, settings.seed, settings.allow_fallback)
         fallen = fallen | unfactored
-    return Inputs(hessian, order, upper, fallen, turned)
+    return Inputs(hessian, order, upper, fallen, turned, lower)
 
 
-def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
-    """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike."""
+def _lower(hessian: torch.Tensor, names: list[str], settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower Cholesky factors [n, i, i] of damped Hessians, and [n] which have none: they get the diagonal's."""
+    lower, fallen = torch.empty_like(hessian), torch.zeros(len(names), dtype=torch.bool)
+    for index, name in enumerate(names):
+        found = damped_cholesky(hessian[index], settings.damping)
+        if found is None:
+            refuse(name, settings.damping, settings.allow_fallback)
+            fallen[index] = True
+            found = torch.diag(hessian[index].diagonal().clamp_min(1e-30).sqrt())
+        lower[index] = found
+    return lower, fallen
+
+
+def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, book: torch.Tensor | None = None
+           ) -> Encoded:  # fmt: skip
+    """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike. ``book``: of vectors (None: one for these alone)."""
     experts, _, cols = weights.shape
     if settings.method == "rtn" and scheme.code not in (INT, NESTED):
         inputs = None  # rounding to nearest uses the inputs for the grids of integers alone
@@ -98,8 +123,12 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
         turned = _turned(inputs, experts, cols)
         coded = trellis.encode(weights, turned, scheme.bits, settings.seed)
         return Encoded(coded.bank, coded.error)
+    if scheme.code == VECTOR:
+        return _as_vectors(weights, inputs, scheme, settings, book)
     if scheme.code in (TERNARY, SIGN, DICTIONARY):
         return _few_values(weights, inputs, scheme, settings)
+    if scheme.outliers:
+        return _with_outliers(weights, inputs, scheme, settings)
     bits = int(scheme.bits)
     if inputs is None or settings.method == "rtn":
         hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
@@ -132,6 +161,58 @@ def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, se
     if scheme.code == SIGN:
         return Encoded(pack_signs((coded.trits == 2).to(torch.uint8), coded.levels[..., 1]), coded.error)
     return Encoded(pack_ternary(coded.trits, coded.levels), coded.error)
+
+
+def _as_vectors(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, book: torch.Tensor | None) -> Encoded:
+    experts, _, cols = weights.shape
+    hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+    if book is None:
+        some = vector.sample(weights, hessian.diagonal(dim1=-2, dim2=-1), scheme.bits, vector.size_of_sample(scheme.bits))
+        book = vector.train(*some, scheme.bits)
+    lower = None if inputs is None else inputs.lower
+    bank = vector.encode(weights, damped(hessian, settings.damping), lower, book, scheme.bits, settings.refine if lower is not None else 0)
+    lost = gptq.row_errors(weights, hessian, vector_format.dequantize(bank)).sum(-1)
+    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
+    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _with_outliers(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
+    experts, _, cols = weights.shape
+    hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    index, exact, grid = _set_aside(weights, inputs, diagonal, scheme)
+    if inputs is None or settings.method == "rtn":
+        codes = gptq.rtn(weights, grid)
+        values = (weights - gptq.values(codes, grid)).gather(-1, index).to(torch.bfloat16)
+    else:
+        steady = damped(hessian, settings.damping)
+        codes = gptq.gptq(weights, inputs.upper, inputs.order, grid, exact)
+        values = outliers.solve(weights - gptq.values(codes, grid), steady, index)
+        for _ in range(settings.refine):
+            wanted = outliers.without(weights, values, index)
+            grid = gptq.refit(wanted @ steady, steady, codes, grid)
+            codes = gptq.descend(wanted, steady, codes, grid)
+            values = outliers.solve(weights - gptq.values(codes, grid), steady, index)
+    wanted = outliers.without(weights, values, index)
+    lost = gptq.row_errors(wanted, hessian, gptq.values(codes, grid)).sum(-1)
+    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
+    dense = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, int(scheme.bits), scheme.group)
+    return Encoded(outlier_format.pack(dense, values, index, scheme.outliers), lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _set_aside(weights: torch.Tensor, inputs: Inputs | None, diagonal: torch.Tensor, scheme: Scheme
+               ) -> tuple[torch.Tensor, torch.Tensor, Grid]:  # fmt: skip
+    """Columns of the outliers, the same as a mask, and the grid of the rest."""
+    # What an error in one column costs once all the others have made up for it: 1 / [H⁻¹]_jj, with H⁻¹ = UᵀU.
+    cost = diagonal if inputs is None else _in_columns(inputs.upper.square().sum(-2).reciprocal(), inputs.order)
+    index = outliers.choose(weights, cost, scheme)
+    exact = outliers.mask(weights, index)
+    return index, exact, outliers.fit_rest(weights, diagonal, exact, scheme)
+
+
+def _in_columns(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[n, i] in the order of processing -> in that of the columns."""
+    return torch.empty_like(values).scatter_(1, order, values)
 
 
 def _to_nearest(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> tuple[Grid, torch.Tensor]:
@@ -192,10 +273,10 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
     original weights stand for those of the updated ones). row_weight [n, o] converts rows to the expert's output.
     """
     result = torch.zeros(len(weights), len(schemes), dtype=torch.float64)
-    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code != TRELLIS]
+    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code not in (TRELLIS, VECTOR)]
     if rounded:
         pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
-        column_cost = torch.empty_like(pivots).scatter_(1, inputs.order, pivots)
+        column_cost = _in_columns(pivots, inputs.order)
     for index in rounded:
         off = (weights - _nearest(weights, inputs, schemes[index], settings)).square()
         result[:, index] = torch.einsum("noi,no,ni->n", off, row_weight, column_cost).double()
@@ -204,6 +285,10 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
         assert inputs.turned is not None
         rates = [schemes[index].bits for index in searched]
         result[:, searched] = trellis.expected_error(weights, inputs.turned, row_weight, rates)
+    for index, scheme in enumerate(schemes):
+        if scheme.code == VECTOR:
+            assert inputs.lower is not None
+            result[:, index] = vector.expected_error(weights, inputs.hessian, inputs.lower, row_weight, scheme.bits)
     return result
 
 
@@ -213,5 +298,9 @@ def _nearest(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Se
     if scheme.code in (TERNARY, SIGN):
         levels = ternary.fit(weights, "sign" if scheme.code == SIGN else settings.ternary)
         return ternary.values(ternary.rtn(weights, levels), levels)
-    grid, codes = _to_nearest(weights, inputs.hessian.diagonal(dim1=-2, dim2=-1), scheme.fitted(weights.shape[-1]))
+    scheme, diagonal = scheme.fitted(weights.shape[-1]), inputs.hessian.diagonal(dim1=-2, dim2=-1)
+    if scheme.outliers:
+        _, exact, grid = _set_aside(weights, inputs, diagonal, scheme)
+        return torch.where(exact, weights, gptq.values(gptq.rtn(weights, grid), grid))
+    grid, codes = _to_nearest(weights, diagonal, scheme)
     return gptq.values(codes, grid)

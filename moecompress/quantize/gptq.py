@@ -23,20 +23,22 @@ def rtn(weights: torch.Tensor, grid: Grid) -> torch.Tensor:
     return nearest(weights, scale, zero, grid.bits).to(torch.uint8)
 
 
-def gptq(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes uint8 [E, o, i] of weights [E, o, i].
+def gptq(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: Grid, exact: torch.Tensor | None = None
+         ) -> torch.Tensor:  # fmt: skip
+    """Codes uint8 [E, o, i] of weights [E, o, i]; where ``exact`` (bool [E, o, i]) nothing is lost, whatever the code.
 
     order: [E, i] the columns in the order of processing; upper: [E, i, i] Cholesky factor of the inverse Hessian in that
     order (`hessian.factor`). Groups stay where they are (static groups), so the order costs no storage.
     """
     if rounding.available() and weights.device.type == "cpu":
-        return _native(weights, upper, order, grid)
+        return _native(weights, upper, order, grid, exact)
     scale, zero = grid.by_column()
 
     def choose(column: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s, z = scale.gather(-1, at).squeeze(-1), zero.gather(-1, at).squeeze(-1)
         code = nearest(column, s, z, grid.bits)
-        return code, s * (code - z)
+        value = s * (code - z)
+        return code, value if exact is None else torch.where(exact.gather(-1, at).squeeze(-1), column, value)
 
     return feedback(weights, upper, order, choose)
 
@@ -65,11 +67,11 @@ def feedback(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, ch
     return torch.empty_like(codes).scatter_(-1, spread, codes)
 
 
-def _native(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _native(weights: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, grid: Grid, exact: torch.Tensor | None) -> torch.Tensor:
     codes = torch.empty(weights.shape, dtype=torch.uint8)
     ordered = weights.gather(-1, order[:, None, :].expand(-1, weights.shape[1], -1))
     rounding.feedback(ordered, upper.contiguous(), grid.scales(), grid.all_zeros(), codes, grid.width, grid.bits,
-                      order.contiguous(), descend=False)  # fmt: skip
+                      order.contiguous(), descend=False, exact=exact)  # fmt: skip
     return codes
 
 

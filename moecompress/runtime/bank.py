@@ -8,21 +8,24 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
+from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul, vector_matmul
+from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import dictionary, nested, ternary, trellis
+from moecompress.pack import dictionary, nested, outliers, ternary, trellis, vector
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import DICTIONARY, NESTED, SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.scheme import DICTIONARY, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class PackedBank(nn.Module):
-    """n matrices (rows × cols). Subclasses know a format; `make_bank` chooses. ``turns``: x and y of `matmul` are rotated."""
+    """n matrices (rows × cols). Subclasses know a format; `make_bank` chooses. ``turns``: x and y of `matmul` are rotated.
+    ``shared``: tensors that all matrices have in common, without a dimension for them."""
 
     turns = False
+    shared: tuple[str, ...] = ()
 
     def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0):
         super().__init__()
@@ -38,6 +41,9 @@ class PackedBank(nn.Module):
         """x [S, cols], slots [S] (which matrix, −1 for none) -> [S, rows], zero rows for −1."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """UserError if a tensor of a file says what the format cannot; shapes are right already."""
+
 
 class IntegerBank(PackedBank):
     def bank(self) -> IntBank:
@@ -49,6 +55,20 @@ class IntegerBank(PackedBank):
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return grouped_matmul(x, slots, self.bank())
+
+
+class IntegersWithOutliers(IntegerBank):
+    def with_outliers(self) -> outliers.OutlierBank:
+        return outliers.OutlierBank(self.bank(), self.outlier_values, self.outlier_columns, self.scheme.outliers)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return outlier_matmul.dequantize(self.with_outliers(), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return outlier_matmul.matmul(x, slots, self.with_outliers())
+
+    def check(self) -> None:
+        outliers.check(self.with_outliers())
 
 
 class NestedIntegers(IntegerBank):
@@ -123,6 +143,19 @@ class FewValues(PackedBank):
         return ternary_matmul.matmul(x, slots, self.bank())
 
 
+class Vectors(PackedBank):
+    shared = ("book",)
+
+    def bank(self) -> vector.VectorBank:
+        return vector.VectorBank(self.codes, self.row_scales, self.book, self.scheme.bits, self.cols)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return vector.dequantize(self.bank(), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return vector_matmul.matmul(x, slots, self.bank())
+
+
 def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0, load_bits: int | None = None
               ) -> PackedBank:  # fmt: skip
     """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation; ``load_bits``: at most so many
@@ -130,7 +163,9 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
     if scheme.code == NESTED:
         bits = int(scheme.bits) if load_bits is None else min(load_bits, int(scheme.bits))
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
-    kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
+    if scheme.outliers:
+        return IntegersWithOutliers(scheme, count, rows, cols, dtype)
+    kinds = {TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
@@ -142,6 +177,10 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
     if scheme.code == TRELLIS:
         down, across = trellis.tiles(rows, cols, scheme.bits)
         return {"stream": (torch.uint8, (count, down * across, trellis.tile_bytes(scheme.bits))), "scales": (torch.float32, (count,))}
+    if scheme.code == VECTOR:
+        book = (vector.entries(scheme.bits), vector.RATES[scheme.bits][0])
+        return {"codes": (torch.uint8, (count, rows, vector.row_bytes(cols, scheme.bits))), "row_scales": (torch.bfloat16, (count, rows)),
+                "book": (torch.bfloat16, book)}  # fmt: skip
     if scheme.code == TERNARY:
         return {"codes": (torch.uint8, (count, rows, ternary.trit_bytes(cols))), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == SIGN:
@@ -161,6 +200,9 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
         tensors["scales"] = (torch.uint8, (count, rows, groups(cols, scheme.group)))
     if not scheme.symmetric:
         tensors["zeros"] = (torch.uint8, (count, rows, zero_bytes(cols, bits, scheme.group)))
+    if scheme.outliers:
+        shape = (count, outliers.in_a_row(cols, scheme.outliers), rows)
+        tensors |= {"outlier_values": (torch.bfloat16, shape), "outlier_columns": (torch.uint8, shape)}
     return tensors
 
 

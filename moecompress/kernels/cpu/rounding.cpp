@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 constexpr int64_t kRows = 8;    // rows of a task: they share every row of the matrix that is streamed
 constexpr int64_t kBlock = 32;  // columns between two updates of everything behind them
 constexpr int kWidths = 3;      // numbers of bits that one nested code may serve
@@ -27,6 +27,7 @@ struct Feedback {
   const int64_t* order;   // [n, cols] column that is processed at each step, or null
   uint8_t* codes;         // [n, rows, cols] in the columns' own order; read by descend, written by both
   const float* balance;   // [widths] how much an error counts at bits - widths + 1, ..., bits bits; unused if widths is 1
+  const uint8_t* exact;   // [n, rows, cols] in the columns' own order, or null: where rounding loses nothing; only if widths is 1
   int64_t count, rows, cols, groups, width;
   int32_t bits;
   int32_t descend;
@@ -106,7 +107,7 @@ INLINE void feedback_rows(const Feedback& f, int64_t e, int64_t first, int64_t n
           code = static_cast<uint8_t>(fresh);
         } else {
           const float fresh = clamp_round(w[j] / s + z, top);
-          error[0] = (w[j] - s * (fresh - z)) / pivot;
+          error[0] = f.exact && f.exact[row * cols + column] ? 0.0f : (w[j] - s * (fresh - z)) / pivot;
           code = static_cast<uint8_t>(fresh);
         }
         for (int q = 0; q < kCount; ++q, w += stride) {
@@ -384,6 +385,7 @@ __attribute__((visibility("default"))) int moec_rounding_interface() { return kI
 __attribute__((visibility("default"))) int moec_feedback(const Feedback* f, Parallel parallel, int threads) {
   if (!sizes_fit(f->count, f->rows, f->cols, f->groups, f->width, f->bits)) return kBadSize;
   if (f->widths < 1 || f->widths > kWidths || (f->widths > 1 && (f->bits > 4 || f->widths > f->bits))) return kBadSize;
+  if (f->exact != nullptr && (f->widths > 1 || f->descend)) return kBadSize;
   if (f->order != nullptr) {
     for (int64_t i = 0; i < f->count * f->cols; ++i) {
       if (f->order[i] < 0 || f->order[i] >= f->cols) return kBadOrder;
