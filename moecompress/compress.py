@@ -199,7 +199,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                     continue
                 encoded = encode(weights, inputs[moments.source(projection)].take(positions), scheme, settings)
                 for key, value in encoded.bank.tensors().items():
-                    getattr(bank, key)[slots] = value
+                    _assignable(getattr(bank, key))[slots] = _assignable(value)
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
@@ -225,6 +225,11 @@ def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype
         for name, count in schemes.items():
             banks[projection, name] = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed)
     return banks
+
+
+def _assignable(tensor: torch.Tensor) -> torch.Tensor:
+    """torch cannot assign to chosen rows of uint16."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.uint16 else tensor
 
 
 def _fill(bank: PackedBank, tensors: dict[str, torch.Tensor]) -> None:

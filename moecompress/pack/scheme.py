@@ -1,34 +1,39 @@
-"""A scheme names how a matrix is stored: "b3g64s" (integers), "n4g64s" (nested ones), "t2_5" (trellis), "ternary", "sign", "b16" (as it was)."""
+"""A scheme names how a matrix is stored: "b3g64s" (integers), "n4g64s" (nested ones), "t2_5" (trellis), "lr250s50" (low rank), "ternary",
+"sign", "b16" (as it was)."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moecompress.errors import UserError
-from moecompress.recipe import TRELLIS_RATES
+from moecompress.recipe import TRELLIS_RATES, low_rank_bits
 
-INT, TRELLIS, TERNARY, SIGN, NESTED = "int", "trellis", "ternary", "sign", "nested"
+INT, TRELLIS, TERNARY, SIGN, NESTED, LOW_RANK = "int", "trellis", "ternary", "sign", "nested", "low-rank"
 
 
 @dataclass(frozen=True, order=True)
 class Scheme:
     """``bits`` a weight without scales. ``group``, ``symmetric``: of integers; columns that share a scale, 0 for one scale a
-    row. ``code``: a format of SPEC.md. At 16 bits nothing is quantized."""
+    row. ``code``: a format of SPEC.md. ``shares``: of low rank; the rank and the kept columns, in thousandths of the most there
+    can be; ``bits`` are those of a square matrix then. At 16 bits nothing is quantized."""
 
     bits: float
     group: int = 0
     symmetric: bool = True
     code: str = INT
+    shares: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:
         """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``n4g64s`` (nested), ``t2_5`` (2.5 bits; names of modules have no
-        points), or ``b16``."""
+        points), ``lr250s50`` (a quarter of the rank, 5 % of the columns), or ``b16``."""
         if self.code == TRELLIS:
             return f"t{self.bits:g}".replace(".", "_")
         if self.code == NESTED:
             return f"n{self.bits:g}g{self.group}s"
+        if self.code == LOW_RANK:
+            return f"lr{self.shares[0]}s{self.shares[1]}"
         if self.code != INT:
             return self.code
         return "b16" if self.bits == 16 else f"b{self.bits:g}g{self.group}{'s' if self.symmetric else 'a'}"
@@ -38,22 +43,25 @@ class Scheme:
         """The scheme of that name; UserError if it is none."""
         if name in _PLAIN:
             return _PLAIN[name]
+        thin = re.fullmatch(r"lr([1-9]\d{0,2})s(0|[1-9]\d{0,2})", name)
+        if thin is not None and (bits := low_rank_bits(shares := (int(thin[1]), int(thin[2])))) < 16:
+            return cls(bits, code=LOW_RANK, shares=shares)
         match = re.fullmatch(r"b(2|3|4|8)g(0|32|64|128)([sa])", name) or re.fullmatch(r"n(3|4)g(0|32|64|128)(s)", name)
         if match is None:
             raise UserError(f"no storage scheme is called {name!r}",
-                            expected="a name such as b3g64s, b4g128a, n4g64s, t2_5, ternary, sign or b16")  # fmt: skip
+                            expected="a name such as b3g64s, b4g128a, n4g64s, t2_5, lr250s50, ternary, sign or b16")  # fmt: skip
         return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
 
     def fitted(self, cols: int) -> Scheme:
         """The same for a matrix of ``cols`` columns: a group that holds the whole row needs no multipliers."""
-        return Scheme(self.bits, 0, self.symmetric, self.code) if self.group >= cols else self
+        return replace(self, group=0) if self.group >= cols else self
 
     def price(self, rows: int, cols: int, weights_dtype_bytes: int = 2) -> int:
         """Exact stored bytes of a ``rows`` × ``cols`` matrix. At 16 bits it keeps the input's dtype."""
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
-        from moecompress.pack import int_format, nested, ternary, trellis
+        from moecompress.pack import int_format, low_rank, nested, ternary, trellis
 
         if self.code == TRELLIS:
             return trellis.stored_bytes(rows, cols, self.bits)
@@ -61,6 +69,8 @@ class Scheme:
             return ternary.ternary_bytes(rows, cols)
         if self.code == SIGN:
             return ternary.sign_bytes(rows, cols)
+        if self.code == LOW_RANK:
+            return low_rank.stored_bytes(rows, cols, self.shares)
         if self.code == NESTED:
             return nested.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group)
         return int_format.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric)

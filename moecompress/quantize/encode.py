@@ -1,5 +1,5 @@
 """One way to codes, for every scheme. Integers: fit a grid, round by GPTQ, then alternate scale refits and coordinate
-descent. Nested integers, trellis and rows of two or three values: in their own files."""
+descent. Nested integers, trellis, low rank and rows of two or three values: in their own files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from moecompress.pack import low_rank as low_rank_format
 from moecompress.pack import nested as nested_format
 from moecompress.pack.int_format import IntBank, pack
+from moecompress.pack.low_rank import LowRankBank
 from moecompress.pack.nested import NestedBank
-from moecompress.pack.scheme import INT, NESTED, SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.scheme import INT, LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, Scheme
 from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
 from moecompress.pack.trellis import TrellisBank
-from moecompress.quantize import gptq, nested, ternary, trellis
+from moecompress.quantize import gptq, low_rank, nested, ternary, trellis
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import damped, factor
 
@@ -60,7 +62,7 @@ class Inputs:
 class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits."""
 
-    bank: IntBank | NestedBank | TrellisBank | TernaryBank | SignBank
+    bank: IntBank | NestedBank | LowRankBank | TrellisBank | TernaryBank | SignBank
     error: torch.Tensor
 
 
@@ -97,6 +99,8 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
         return Encoded(coded.bank, coded.error)
     if scheme.code in (TERNARY, SIGN):
         return _few_values(weights, inputs, scheme, settings)
+    if scheme.code == LOW_RANK:
+        return _low_rank(weights, inputs, scheme, settings)
     bits = int(scheme.bits)
     if inputs is None or settings.method == "rtn":
         hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
@@ -126,6 +130,14 @@ def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, se
     if scheme.code == SIGN:
         return Encoded(pack_signs((coded.trits == 2).to(torch.uint8), coded.levels[..., 1]), coded.error)
     return Encoded(pack_ternary(coded.trits, coded.levels), coded.error)
+
+
+def _low_rank(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
+    hessian = torch.eye(weights.shape[-1]).expand(len(weights), -1, -1) if inputs is None else inputs.hessian
+    bank = low_rank.encode(weights, hessian, scheme.shares, settings.damping)
+    lost = gptq.row_errors(weights, hessian, low_rank_format.dequantize(bank)).sum(-1)
+    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
+    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _to_nearest(weights: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> tuple[Grid, torch.Tensor]:
@@ -186,13 +198,17 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
     original weights stand for those of the updated ones). row_weight [n, o] converts rows to the expert's output.
     """
     result = torch.zeros(len(weights), len(schemes), dtype=torch.float64)
-    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code != TRELLIS]
+    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code not in (TRELLIS, LOW_RANK)]
     if rounded:
         pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
         column_cost = torch.empty_like(pivots).scatter_(1, inputs.order, pivots)
     for index in rounded:
         off = (weights - _nearest(weights, inputs, schemes[index], settings)).square()
         result[:, index] = torch.einsum("noi,no,ni->n", off, row_weight, column_cost).double()
+    thin = [index for index, scheme in enumerate(schemes) if scheme.code == LOW_RANK]
+    if thin:
+        shares = [schemes[index].shares for index in thin]
+        result[:, thin] = low_rank.expected_error(weights, inputs.hessian, row_weight, shares, settings.damping)
     searched = [index for index, scheme in enumerate(schemes) if scheme.code == TRELLIS]
     if searched:
         assert inputs.turned is not None

@@ -11,10 +11,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul
 from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import nested, ternary, trellis
+from moecompress.pack import low_rank, nested, ternary, trellis
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import NESTED, SIGN, TERNARY, TRELLIS, Scheme
+from moecompress.pack.scheme import LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, Scheme
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -37,6 +37,9 @@ class PackedBank(nn.Module):
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """x [S, cols], slots [S] (which matrix, −1 for none) -> [S, rows], zero rows for −1."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """UserError if a tensor of a file says what the format cannot; shapes are right already."""
 
 
 class IntegerBank(PackedBank):
@@ -91,6 +94,25 @@ class DenseBank(PackedBank):
         return grouped_dense(x, slots, self.weight)
 
 
+class LowRank(PackedBank):
+    def bank(self) -> low_rank.LowRankBank:
+        return low_rank.LowRankBank(self.left, self.right, getattr(self, "kept", None))
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return low_rank.dequantize(self.bank(), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        inner = grouped_dense(x, slots, self.right)
+        kept = self.bank().kept
+        if kept is not None:
+            columns = kept.long()[slots.long().clamp_min(0)]  # (S, k); the product below leaves slots −1 at zero
+            inner = torch.cat([inner, x.gather(1, columns)], 1)
+        return grouped_dense(inner, slots, self.left)
+
+    def check(self) -> None:
+        low_rank.check(self.bank())
+
+
 class TrellisBank(PackedBank):
     turns = True
 
@@ -128,7 +150,7 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
     if scheme.code == NESTED:
         bits = int(scheme.bits) if load_bits is None else min(load_bits, int(scheme.bits))
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
-    kinds = {TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues}
+    kinds = {LOW_RANK: LowRank, TRELLIS: TrellisBank, TERNARY: FewValues, SIGN: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
@@ -144,6 +166,10 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
         return {"codes": (torch.uint8, (count, rows, ternary.trit_bytes(cols))), "levels": (torch.bfloat16, (count, rows, 2))}
     if scheme.code == SIGN:
         return {"codes": (torch.uint8, (count, rows, ternary.bit_bytes(cols))), "scales": (torch.bfloat16, (count, rows))}
+    if scheme.code == LOW_RANK:
+        rank, kept = low_rank.sizes(rows, cols, scheme.shares)
+        numbers: Tensors = {"kept": (torch.uint16, (count, kept))} if kept else {}
+        return {"left": (torch.bfloat16, (count, rows, rank + kept)), "right": (torch.bfloat16, (count, rank, cols))} | numbers
     if scheme.code == NESTED:
         planes = {name: (torch.uint8, (count, rows, nested.plane_bytes(cols))) for name in nested.plane_names(int(scheme.bits))}
         return planes | bank_tensors(Scheme(nested.BASE, scheme.group), count, rows, cols, dtype)

@@ -38,13 +38,16 @@ class PackedExperts(nn.Module):
         return self.get_submodule(f"{projection}_banks")
 
     def check(self, name: str) -> None:
-        """UserError unless the banks of each projection hold every expert exactly once. ``name``: of this module."""
+        """UserError unless the banks of each projection hold every expert exactly once, in tensors that their formats allow.
+        ``name``: of this module."""
         for projection in self.contents:
             listed = torch.cat([bank.experts for bank in self.banks(projection).values()]).sort().values.cpu()
             if not torch.equal(listed, torch.arange(self.layout.experts, dtype=torch.int32)):
                 raise UserError(f"The experts listed in {name}.{projection}_banks are damaged",
                                 expected=f"each of 0 to {self.layout.experts - 1} once", got=listed.tolist(),
                                 remedy="copy or compress the folder again")  # fmt: skip
+            for bank in self.banks(projection).values():
+                bank.check()
 
     def settle(self) -> None:
         """Once loaded: nested integers become ordinary ones, under the name of what the file has."""

@@ -13,7 +13,7 @@ from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.bank import PackedBank, bank_tensors, make_bank, turn, turn_back
 from moecompress.runtime.packed import PackedExperts
 
-NAMES = ["b3g32s", "b2g64a", "n3g64s", "n4g32s", "t0_5", "t1_25", "t2", "t3", "ternary", "sign", "b16"]
+NAMES = ["b3g32s", "b2g64a", "n3g64s", "n4g32s", "lr250s50", "lr125s0", "t0_5", "t1_25", "t2", "t3", "ternary", "sign", "b16"]
 SEED = 5
 
 
@@ -73,12 +73,12 @@ def test_a_layer_may_mix_codes() -> None:
     assert torch.allclose(y, torch.einsum("soi,si->so", dense[expert], x), atol=2e-3 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "ternary", "sign", "b3g64s", "n4g64s", "b16"])
+@pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "ternary", "sign", "b3g64s", "n4g64s", "lr250s50", "lr5s0", "b16"])
 def test_names_come_back(name: str) -> None:
     assert Scheme.parse(name).name == name
 
 
-@pytest.mark.parametrize("name", ["t5", "t2.5", "b1g64s", "b3g63s", "n2g64s", "n4g64a", "int"])
+@pytest.mark.parametrize("name", ["t5", "t2.5", "b1g64s", "b3g63s", "n2g64s", "n4g64a", "lr0s5", "lr025s0", "lr500s0", "lr25", "int"])
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="no storage scheme"):
         Scheme.parse(name)
