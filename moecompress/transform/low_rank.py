@@ -1,4 +1,5 @@
-"""How well few directions describe a matrix: what low-rank factors of experts would lose. An analysis; nothing is stored so."""
+"""How well few directions describe a matrix: what low-rank factors of experts would lose. An analysis;
+quantize/low_rank.py makes such factors."""
 
 from __future__ import annotations
 
