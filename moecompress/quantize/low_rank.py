@@ -75,7 +75,7 @@ def split(weights: torch.Tensor, hessian: torch.Tensor, damping: float, rank: in
 def worth_keeping(weights: torch.Tensor, hessian: torch.Tensor, basis: torch.Tensor, count: int) -> torch.Tensor:
     """The ``count`` columns j, rising, with the largest ‖R_j‖² H_jj, where R is what projecting on ``basis`` leaves.
 
-    On real matrices 15 % less error (down) than by what correcting column j alone would save, ‖(R H)_j‖² / H_jj.
+    On the down matrices of a small trained model 14 % less error than by what correcting column j alone would save, ‖(R H)_j‖² / H_jj.
     """
     residual = weights - basis @ (basis.T @ weights)
     wrong = residual.square().sum(0) * hessian.diagonal()

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moecompress.transform.low_rank import low_rank_error, needed_rank, residuals, shared_rank, shared_residuals, stable_rank
+from moecompress.transform.low_rank import (
+    low_rank_error,
+    needed_rank,
+    residuals,
+    shared_rank,
+    shared_residuals,
+    stable_rank,
+)
 
 
 @pytest.fixture(scope="module")
