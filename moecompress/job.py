@@ -86,7 +86,7 @@ class Job:
 
     @property
     def schemes(self) -> list[Scheme]:
-        return [Scheme(c.bits, c.group, c.symmetric, c.code, c.outliers) for c in self.recipe.allocate.candidates]
+        return [Scheme(c.bits, c.group, c.symmetric, c.code, c.outliers, c.shares) for c in self.recipe.allocate.candidates]
 
     def fingerprint(self) -> str:
         recipe = self.recipe.without_limits()

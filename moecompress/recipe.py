@@ -88,6 +88,11 @@ OUTLIER_SHARES = (0.005, 0.01, 0.02)
 Width = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_width)]
 
 
+def low_rank_bits(shares: tuple[int, int]) -> float:
+    """Bits a weight of a square matrix as factors of that rank and kept columns, both in thousandths (pack/low_rank.py)."""
+    return 16 * (2 * shares[0] + shares[1]) / 1000
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -137,12 +142,27 @@ class CalibrationRecipe(_Section):
 _GROUPED = ("int", "nested")
 
 
+def _thousandths(value: float) -> float:
+    if not 0 <= value < 1 or abs(1000 * value - round(1000 * value)) > 1e-9:
+        raise ValueError("should be a share below 1, in thousandths")
+    return value
+
+
+def _bits_that_follow(value: dict[str, Any]) -> float:
+    """Bits of a low-rank candidate as the file has it; 0 where that makes no sense, which is said elsewhere."""
+    shares = value.get("rank", 0), value.get("sparse", 0)
+    if not all(isinstance(share, int | float) and 0 <= share < 1 for share in shares):
+        return 0
+    return low_rank_bits((round(1000 * shares[0]), round(1000 * shares[1])))
+
+
 class CandidateRecipe(_Section):
     """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized."""
 
-    code: Literal["int", "nested", "trellis", "vector", "ternary", "sign", "dictionary"] = "int"
+    code: Literal["int", "nested", "trellis", "vector", "ternary", "sign", "dictionary", "low-rank"] = "int"
     #: int: 2, 3, 4, 8; nested: 3 or 4, and any fewer down to 2 when loading; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4;
-    #: vector: 1, 1.5, 2, 3; dictionary: 0.7, 0.8, 0.9, 1, 1.1 or 1.2 for its words; not given for ternary (1.6) and sign (1)
+    #: vector: 1, 1.5, 2, 3; dictionary: 0.7, 0.8, 0.9, 1, 1.1 or 1.2 for its words; not given for ternary (1.6), sign (1) and
+    #: low-rank (what follows from rank and sparse for a square matrix)
     bits: Annotated[float, BeforeValidator(_no_bool)]
     #: int and nested: columns that share a scale; 0: the whole row
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
@@ -150,10 +170,21 @@ class CandidateRecipe(_Section):
     symmetric: bool = True
     #: int of 2, 3 or 4 bits: share of the weights, the most sensitive of every row, that keep 16 bits; 0.005, 0.01 or 0.02
     outliers: Annotated[float, BeforeValidator(_no_bool)] = 0.0
+    #: low-rank: rank of the factors, as a share of the smaller side of a matrix
+    rank: Annotated[float, BeforeValidator(_no_bool), AfterValidator(_thousandths)] = 0.0
+    #: low-rank: share of the columns that are kept whole beside the factors
+    sparse: Annotated[float, BeforeValidator(_no_bool), AfterValidator(_thousandths)] = 0.0
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """Of low rank: rank and kept columns in thousandths."""
+        return round(1000 * self.rank), round(1000 * self.sparse)
 
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("code") == "low-rank":
+            return value  # compared with rank and sparse below
         special = {"nested": (3, 4), "trellis": TRELLIS_RATES, "vector": VECTOR_RATES, "dictionary": DICTIONARY_RATES,
                    "ternary": (1.6,), "sign": (1,)}  # fmt: skip
         known = special.get(info.data.get("code", "int"), (2, 3, 4, 8, 16))
@@ -182,7 +213,7 @@ class CandidateRecipe(_Section):
         """Only integers have groups, and some codes only one number of bits."""
         if not isinstance(value, dict):
             return value
-        fixed = {"ternary": 1.6, "sign": 1}.get(value.get("code", "int"))
+        fixed = {"ternary": 1.6, "sign": 1, "low-rank": _bits_that_follow(value)}.get(value.get("code", "int"))
         if fixed is not None:
             value = {"bits": fixed} | value
         grouped = value.get("code", "int") in _GROUPED and value.get("bits") not in (16, "16")
@@ -196,6 +227,17 @@ class CandidateRecipe(_Section):
             raise ValueError("a nested candidate has no zeros; leave out symmetric")
         if self.outliers and (self.code != "int" or self.bits > 4):
             raise ValueError("only a candidate of 2, 3 or 4-bit integers has outliers")
+        return self
+
+    @model_validator(mode="after")
+    def _only_low_rank_has_shares(self) -> CandidateRecipe:
+        if self.code != "low-rank" and self.shares != (0, 0):
+            raise ValueError("only a candidate {code: low-rank} has rank and sparse")
+        if self.code == "low-rank" and (self.rank == 0 or low_rank_bits(self.shares) >= 16):
+            raise ValueError("a low-rank candidate needs a rank above 0, and twice the rank and sparse together below 1: "
+                             "more would make a square matrix larger")  # fmt: skip
+        if self.code == "low-rank" and self.bits != low_rank_bits(self.shares):
+            raise ValueError("bits of a low-rank candidate follow from rank and sparse; leave them out")
         return self
 
 

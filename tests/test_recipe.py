@@ -67,14 +67,15 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
     again = load_recipe(written(tmp_path, recipe.to_yaml()))
     assert again == recipe and again.fingerprint() == recipe.fingerprint()
     for candidate in recipe.allocate.candidates:
-        spec = Candidate(candidate.bits, candidate.group, candidate.symmetric, candidate.code, candidate.outliers)
+        spec = Candidate(candidate.bits, candidate.group, candidate.symmetric, candidate.code, candidate.outliers, candidate.shares)
         assert Candidate.parse(spec.name) == spec
     header = path.read_text(encoding="utf-8").split("name:")[0]
     assert all(f"# {word}:" in header for word in ("command", "hardware", "size", "divergence"))
 
 
 def test_there_are_recipes() -> None:
-    general, papers = {"demo", "balanced-3bit", "small-2bit"}, {"mc-moe", "mc-moe-odp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "qmoe"}
+    general = {"demo", "balanced-3bit", "small-2bit"}
+    papers = {"mc-moe", "mc-moe-odp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "qmoe", "mc-smoe"}
     assert general | papers <= {path.stem for path in RECIPES}
     for path in RECIPES:
         if path.stem in papers:
@@ -155,6 +156,14 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("allocate: {candidates: [{bits: 2, outliers: 0.1}]}\n", "should be 0.005, 0.01 or 0.02, or 0 for none"),
         ("allocate: {candidates: [{bits: 8, outliers: 0.01}]}\n", "only a candidate of 2, 3 or 4-bit integers has outliers"),
         ("allocate: {candidates: [{code: trellis, bits: 2, outliers: 0.01}]}\n", "only a candidate of 2, 3 or 4-bit integers has outliers"),
+        ("allocate: {candidates: [{code: low-rank, sparse: 0.1}]}\n", "needs a rank above 0"),
+        ("allocate: {candidates: [{code: low-rank, rank: 0.45, sparse: 0.1}]}\n", "twice the rank and sparse together below 1"),
+        ("allocate: {candidates: [{code: low-rank, rank: 0.2505}]}\n", "candidates.0.rank: should be a share below 1, in thousandths"),
+        ("allocate: {candidates: [{code: low-rank, rank: x}]}\n", "candidates.0.rank: should be a valid number"),
+        ("allocate: {candidates: [{code: low-rank, rank: true}]}\n", "candidates.0.rank: should be a number, not true"),
+        ("allocate: {candidates: [{code: low-rank, rank: 0.1, bits: 4}]}\n", "bits of a low-rank candidate follow"),
+        ("allocate: {candidates: [{code: low-rank, rank: 0.1, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers has group"),
+        ("allocate: {candidates: [{bits: 4, rank: 0.1}]}\n", "only a candidate {code: low-rank} has rank and sparse"),
         ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers"),
         ("allocate: {allocator: pmq, granularity: layer}\n", "decides per expert"),
         ("quantize: {hessian: g3}\n", "'1', 'g' or 'g2'"),

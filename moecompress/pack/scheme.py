@@ -1,5 +1,5 @@
 """A scheme names how a matrix is stored: "b3g64s" (integers), "b2g64a_o1" (with 1 % outliers), "n4g64s" (nested ones), "t2_5"
-(trellis), "v2" (vectors), "d0_8" (dictionary), "ternary", "sign", "b16" (as it was)."""
+(trellis), "v2" (vectors), "d0_8" (dictionary), "lr250s50" (low rank), "ternary", "sign", "b16" (as it was)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ import re
 from dataclasses import dataclass, replace
 
 from moecompress.errors import UserError
-from moecompress.recipe import DICTIONARY_RATES, TRELLIS_RATES, VECTOR_RATES
+from moecompress.recipe import DICTIONARY_RATES, TRELLIS_RATES, VECTOR_RATES, low_rank_bits
 
 INT, TRELLIS, TERNARY, SIGN, NESTED, DICTIONARY, VECTOR = "int", "trellis", "ternary", "sign", "nested", "dictionary", "vector"
+LOW_RANK = "low-rank"
 
 
 @dataclass(frozen=True, order=True)
 class Scheme:
     """``bits`` a weight without scales. ``group``, ``symmetric``: of integers; columns that share a scale, 0 for one scale a
-    row. ``code``: a format of SPEC.md. ``outliers``: of integers; share of the weights that keep 16 bits beside their codes. At
-    16 bits nothing is quantized."""
+    row. ``code``: a format of SPEC.md. ``outliers``: of integers; share of the weights that keep 16 bits beside their codes.
+    ``shares``: of low rank; the rank and the kept columns, in thousandths of the most there can be; ``bits`` are those of a square
+    matrix then. At 16 bits nothing is quantized."""
 
     bits: float
     group: int = 0
     symmetric: bool = True
     code: str = INT
     outliers: float = 0.0
+    shares: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:
         """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``b2g64a_o1`` (1 % outliers), ``n4g64s`` (nested), ``t2_5`` (2.5 bits;
-        names of modules have no points), ``v2`` (vectors), ``d0_8`` (dictionary), or ``b16``."""
+        names of modules have no points), ``v2`` (vectors), ``d0_8`` (dictionary), ``lr250s50`` (a quarter of the rank, 5 % of the
+        columns), or ``b16``."""
         if self.code in (TRELLIS, VECTOR, DICTIONARY):
             return f"{self.code[0]}{self.bits:g}".replace(".", "_")
         if self.code == NESTED:
             return f"n{self.bits:g}g{self.group}s"
+        if self.code == LOW_RANK:
+            return f"lr{self.shares[0]}s{self.shares[1]}"
         if self.code != INT:
             return self.code
         kept = f"_o{100 * self.outliers:g}".replace(".", "_") if self.outliers else ""
@@ -42,13 +48,16 @@ class Scheme:
         """The scheme of that name; UserError if it is none."""
         if name in _PLAIN:
             return _PLAIN[name]
+        thin = re.fullmatch(r"lr([1-9]\d{0,2})s(0|[1-9]\d{0,2})", name)
+        if thin is not None and (bits := low_rank_bits(shares := (int(thin[1]), int(thin[2])))) < 16:
+            return cls(bits, code=LOW_RANK, shares=shares)
         match = re.fullmatch(r"b(2|3|4|8)g(0|32|64|128)([sa])", name) or re.fullmatch(r"n(3|4)g(0|32|64|128)(s)", name)
         kept = re.fullmatch(r"b([234])g(0|32|64|128)([sa])_o(0_5|1|2)", name)
         if kept is not None:
             return cls(int(kept[1]), int(kept[2]), kept[3] == "s", outliers=float(kept[4].replace("_", ".")) / 100)
         if match is None:
             raise UserError(f"no storage scheme is called {name!r}",
-                            expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, v2, d0_8, ternary, sign or b16")  # fmt: skip
+                            expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, v2, d0_8, lr250s50, ternary, sign or b16")  # fmt: skip
         return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
 
     def fitted(self, cols: int) -> Scheme:
@@ -60,7 +69,7 @@ class Scheme:
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
-        from moecompress.pack import dictionary, int_format, nested, outliers, ternary, trellis, vector
+        from moecompress.pack import dictionary, int_format, low_rank, nested, outliers, ternary, trellis, vector
 
         if self.code == TRELLIS:
             return trellis.stored_bytes(rows, cols, self.bits)
@@ -72,6 +81,8 @@ class Scheme:
             return ternary.sign_bytes(rows, cols)
         if self.code == DICTIONARY:
             return dictionary.stored_bytes(rows, cols, self.bits)
+        if self.code == LOW_RANK:
+            return low_rank.stored_bytes(rows, cols, self.shares)
         if self.code == NESTED:
             return nested.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group)
         if self.outliers:

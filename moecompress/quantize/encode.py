@@ -1,5 +1,5 @@
 """One way to codes, for every scheme. Integers: fit a grid, round by GPTQ, then alternate scale refits and coordinate
-descent. Nested integers, trellis and rows of two or three values: in their own files."""
+descent. Nested integers, trellis, low rank and rows of two or three values: in their own files."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from moecompress.pack import low_rank as low_rank_format
 from moecompress.pack import nested as nested_format
 from moecompress.pack import outliers as outlier_format
 from moecompress.pack import vector as vector_format
 from moecompress.pack.dictionary import DictionaryBank
 from moecompress.pack.int_format import IntBank, pack
+from moecompress.pack.low_rank import LowRankBank
 from moecompress.pack.nested import NestedBank
 from moecompress.pack.outliers import OutlierBank
-from moecompress.pack.scheme import DICTIONARY, INT, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
+from moecompress.pack.scheme import DICTIONARY, INT, LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
 from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
 from moecompress.pack.trellis import TrellisBank
 from moecompress.pack.vector import VectorBank
-from moecompress.quantize import gptq, nested, outliers, ternary, trellis, vector, words
+from moecompress.quantize import gptq, low_rank, nested, outliers, ternary, trellis, vector, words
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import damped, damped_cholesky, factor, refuse
 
@@ -69,7 +71,7 @@ class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits. archived_bits:
     of the dictionary code, what its words' trits take at their entropy (pack/rans.py), a weight."""
 
-    bank: IntBank | NestedBank | OutlierBank | TrellisBank | VectorBank | TernaryBank | SignBank | DictionaryBank
+    bank: IntBank | NestedBank | OutlierBank | LowRankBank | TrellisBank | VectorBank | TernaryBank | SignBank | DictionaryBank
     error: torch.Tensor
     archived_bits: float | None = None
 
@@ -127,6 +129,8 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
         return _as_vectors(weights, inputs, scheme, settings, book)
     if scheme.code in (TERNARY, SIGN, DICTIONARY):
         return _few_values(weights, inputs, scheme, settings)
+    if scheme.code == LOW_RANK:
+        return _low_rank(weights, inputs, scheme, settings)
     if scheme.outliers:
         return _with_outliers(weights, inputs, scheme, settings)
     bits = int(scheme.bits)
@@ -172,6 +176,14 @@ def _as_vectors(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, se
     lower = None if inputs is None else inputs.lower
     bank = vector.encode(weights, damped(hessian, settings.damping), lower, book, scheme.bits, settings.refine if lower is not None else 0)
     lost = gptq.row_errors(weights, hessian, vector_format.dequantize(bank)).sum(-1)
+    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
+    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _low_rank(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
+    hessian = torch.eye(weights.shape[-1]).expand(len(weights), -1, -1) if inputs is None else inputs.hessian
+    bank = low_rank.encode(weights, hessian, scheme.shares, settings.damping)
+    lost = gptq.row_errors(weights, hessian, low_rank_format.dequantize(bank)).sum(-1)
     whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
     return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
 
@@ -273,13 +285,17 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
     original weights stand for those of the updated ones). row_weight [n, o] converts rows to the expert's output.
     """
     result = torch.zeros(len(weights), len(schemes), dtype=torch.float64)
-    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code not in (TRELLIS, VECTOR)]
+    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code not in (TRELLIS, VECTOR, LOW_RANK)]
     if rounded:
         pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
         column_cost = _in_columns(pivots, inputs.order)
     for index in rounded:
         off = (weights - _nearest(weights, inputs, schemes[index], settings)).square()
         result[:, index] = torch.einsum("noi,no,ni->n", off, row_weight, column_cost).double()
+    thin = [index for index, scheme in enumerate(schemes) if scheme.code == LOW_RANK]
+    if thin:
+        shares = [schemes[index].shares for index in thin]
+        result[:, thin] = low_rank.expected_error(weights, inputs.hessian, row_weight, shares, settings.damping)
     searched = [index for index, scheme in enumerate(schemes) if scheme.code == TRELLIS]
     if searched:
         assert inputs.turned is not None

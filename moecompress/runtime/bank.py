@@ -12,10 +12,10 @@ from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul, 
 from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import dictionary, nested, outliers, ternary, trellis, vector
+from moecompress.pack import dictionary, low_rank, nested, outliers, ternary, trellis, vector
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import DICTIONARY, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
+from moecompress.pack.scheme import DICTIONARY, LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -111,6 +111,25 @@ class DenseBank(PackedBank):
         return grouped_dense(x, slots, self.weight)
 
 
+class LowRank(PackedBank):
+    def bank(self) -> low_rank.LowRankBank:
+        return low_rank.LowRankBank(self.left, self.right, getattr(self, "kept", None))
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return low_rank.dequantize(self.bank(), dtype)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        inner = grouped_dense(x, slots, self.right)
+        kept = self.bank().kept
+        if kept is not None:
+            columns = kept.long()[slots.long().clamp_min(0)]  # (S, k); the product below leaves slots −1 at zero
+            inner = torch.cat([inner, x.gather(1, columns)], 1)
+        return grouped_dense(inner, slots, self.left)
+
+    def check(self) -> None:
+        low_rank.check(self.bank())
+
+
 class TrellisBank(PackedBank):
     turns = True
 
@@ -165,7 +184,7 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
     if scheme.outliers:
         return IntegersWithOutliers(scheme, count, rows, cols, dtype)
-    kinds = {TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
+    kinds = {LOW_RANK: LowRank, TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
@@ -188,6 +207,10 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
     if scheme.code == DICTIONARY:
         words = (count, dictionary.room(rows, cols, scheme.bits))
         return {"words": (torch.uint16, words), "ends": (torch.int32, (count, rows)), "levels": (torch.bfloat16, (count, rows, 2))}
+    if scheme.code == LOW_RANK:
+        rank, kept = low_rank.sizes(rows, cols, scheme.shares)
+        numbers: Tensors = {"kept": (torch.uint16, (count, kept))} if kept else {}
+        return {"left": (torch.bfloat16, (count, rows, rank + kept)), "right": (torch.bfloat16, (count, rank, cols))} | numbers
     if scheme.code == NESTED:
         planes = {name: (torch.uint8, (count, rows, nested.plane_bytes(cols))) for name in nested.plane_names(int(scheme.bits))}
         return planes | bank_tensors(Scheme(nested.BASE, scheme.group), count, rows, cols, dtype)

@@ -1,4 +1,5 @@
-"""How well few directions describe a matrix: what low-rank factors of experts would lose. An analysis; nothing is stored so."""
+"""How well few directions describe a matrix: what low-rank factors of experts would lose. An analysis;
+quantize/low_rank.py makes such factors."""
 
 from __future__ import annotations
 
@@ -24,6 +25,20 @@ def low_rank_error(weights: torch.Tensor, rank: int, covariance: torch.Tensor | 
     """float64 [n]: the relative squared error of the best approximation of rank ``rank``. Arguments as of `residuals`."""
     found = residuals(weights, covariance)
     return found[:, min(rank, found.shape[1] - 1)]
+
+
+def shared_residuals(weights: torch.Tensor, covariance: torch.Tensor | None = None) -> torch.Tensor:
+    """What experts [n, o, i] lose if all of them use one basis: W_e ≈ A_e B with B [q, i], float64 [min(n·o, i) + 1] by q.
+
+    Relative squared error of all together. The best B has the leading right singular vectors of the experts one above the
+    other (MoLAE, arXiv:2503.23100); covariance [i, i], of the layer's inputs, as in `residuals`.
+    """
+    return residuals(weights.flatten(0, 1)[None], covariance)[0]
+
+
+def shared_rank(rank: int, experts: int, rows: int, cols: int) -> int:
+    """The largest q at which A_e (rows × q) of all experts and B (q × cols) have no more values than own factors of ``rank``."""
+    return rank * experts * (rows + cols) // (experts * rows + cols)
 
 
 def needed_rank(residual: torch.Tensor, error: float) -> torch.Tensor:

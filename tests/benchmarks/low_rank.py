@@ -6,7 +6,8 @@ Every layer's experts are merged as `moecompress prune --method m-smoe` would, o
 as they were, the members of groups alone, their heads alone (the most used ones, which a merge weighted by use mostly is), the
 merged ones with and without their neurons lined up, and Gaussian noise: by the relative squared error of every rank, of the
 entries and (gate and up) of the output on the layer's inputs; by the rank that leaves 10 %; and by the stable rank, which is
-what the paper looks at.
+what the paper looks at. Beside that, of the experts as they were: what gate and up lose with one basis for all (MoLAE,
+arXiv:2503.23100) and with their own, at equal numbers of stored values.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moecompress.model.experts import DOWN, projections
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.quantize.hessian import moment
 from moecompress.recipe import recipe_from
-from moecompress.transform.low_rank import needed_rank, residuals, stable_rank
+from moecompress.transform.low_rank import needed_rank, residuals, shared_rank, shared_residuals, stable_rank
 from moecompress.transform.methods import METHODS, Scene
 from moecompress.transform.regroup import Regrouping, apply
 from moecompress.transform.stage import Request
@@ -52,6 +53,22 @@ def sides(weights: dict[str, torch.Tensor], made: Regrouping) -> dict[str, dict[
     return found
 
 
+def sharing(weights: dict[str, torch.Tensor], inputs: torch.Tensor) -> dict[str, dict[str, list[float]]]:
+    """Projection -> share of the rank -> relative squared error of the output, with own bases and with a shared one."""
+    found: dict = {}
+    for name, w in weights.items():
+        if name != DOWN:
+            count, rows, cols = w.shape
+            energy = ((w.double() @ inputs.double()) * w.double()).sum((1, 2))
+            own, shared = energy @ residuals(w, inputs) / energy.sum(), shared_residuals(w, inputs)
+            ranks = [round(share * min(rows, cols)) for share in SHARES]
+            found[name] = {
+                str(share): [float(own[rank]), float(shared[min(shared_rank(rank, count, rows, cols), len(shared) - 1)])]
+                for share, rank in zip(SHARES, ranks, strict=True)
+            }
+    return found
+
+
 def measure(opened: OpenModel, calibration, request: Request) -> tuple[dict, list[dict]]:
     """Kind -> (projection, weighting) -> residuals [n, r + 1] of all layers, and a record a layer."""
     seam_on(opened)
@@ -66,7 +83,9 @@ def measure(opened: OpenModel, calibration, request: Request) -> tuple[dict, lis
                 made = METHODS[request.method](Scene(module, moe.layout, capture, request.count))
                 inputs = moment(capture.hidden[capture.keep])
                 record: dict = {"layer": layer, "groups": made.target.bincount().tolist(), "stable_rank": {}}
-                for kind, matrices in sides({n: w.float() for n, w in projections(module, moe.layout).items()}, made).items():
+                weights = {name: w.float() for name, w in projections(module, moe.layout).items()}
+                record["own_and_shared_basis"] = sharing(weights, inputs)
+                for kind, matrices in sides(weights, made).items():
                     for name, w in matrices.items():
                         if not len(w):
                             continue

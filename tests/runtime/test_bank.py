@@ -13,8 +13,8 @@ from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.bank import PackedBank, bank_tensors, make_bank, turn, turn_back
 from moecompress.runtime.packed import PackedExperts
 
-NAMES = ["b3g32s", "b2g64a", "b2g64a_o1", "b4g32s_o0_5", "n3g64s", "n4g32s", "t0_5", "t1_25", "t2", "t3", "v1", "v1_5", "v2", "v3", "ternary", "sign", "d0_8",
-         "b16"]  # fmt: skip
+NAMES = ["b3g32s", "b2g64a", "b2g64a_o1", "b4g32s_o0_5", "n3g64s", "n4g32s", "lr250s50", "lr125s0", "t0_5", "t1_25", "t2", "t3",
+         "v1", "v1_5", "v2", "v3", "ternary", "sign", "d0_8", "b16"]  # fmt: skip
 SEED = 5
 
 
@@ -74,12 +74,14 @@ def test_a_layer_may_mix_codes() -> None:
     assert torch.allclose(y, torch.einsum("soi,si->so", dense[expert], x), atol=2e-3 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "v1_5", "v2", "ternary", "sign", "d0_8", "b3g64s", "b2g64a_o1", "b4g0s_o0_5", "n4g64s", "b16"])
+@pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "v1_5", "v2", "ternary", "sign", "d0_8", "b3g64s", "b2g64a_o1", "b4g0s_o0_5", "n4g64s",
+                                  "lr250s50", "lr5s0", "b16"])  # fmt: skip
 def test_names_come_back(name: str) -> None:
     assert Scheme.parse(name).name == name
 
 
-@pytest.mark.parametrize("name", ["t5", "v4", "v2_o1", "t2.5", "b1g64s", "b3g63s", "n2g64s", "n4g64a", "b8g64s_o1", "b2g64a_o3", "n4g64s_o1", "t2_o1", "int"])
+@pytest.mark.parametrize("name", ["t5", "v4", "v2_o1", "t2.5", "b1g64s", "b3g63s", "n2g64s", "n4g64a", "b8g64s_o1", "b2g64a_o3", "n4g64s_o1",
+                                  "t2_o1", "lr0s5", "lr025s0", "lr500s0", "lr25", "int"])  # fmt: skip
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="no storage scheme"):
         Scheme.parse(name)

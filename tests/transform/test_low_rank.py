@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moecompress.transform.low_rank import low_rank_error, needed_rank, residuals, stable_rank
+from moecompress.transform.low_rank import (
+    low_rank_error,
+    needed_rank,
+    residuals,
+    shared_rank,
+    shared_residuals,
+    stable_rank,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +61,27 @@ def test_ranks_of_matrices_whose_rank_is_known() -> None:
     assert torch.allclose(stable_rank(torch.eye(5)[None]), torch.tensor([5.0], dtype=torch.float64))
     assert stable_rank(torch.ones(1, 4, 6)).item() == pytest.approx(1)
     assert torch.equal(residuals(torch.zeros(1, 4, 4)), torch.zeros(1, 5, dtype=torch.float64))
+
+
+def test_no_shared_basis_serves_the_inputs_better(weights: torch.Tensor, inputs: torch.Tensor) -> None:
+    """Alternating least squares for min Σ_e ‖X (W_e − A_e B)ᵀ‖ ends where the formula says."""
+    lower = torch.linalg.cholesky(inputs.T @ inputs)
+    seen = weights.double() @ lower  # (3, 10, 7)
+    for rank in (1, 3):
+        b = torch.randn(rank, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        for _ in range(2000):
+            a = torch.stack([torch.linalg.lstsq((b @ lower).T, one.T).solution.T for one in seen])
+            b = torch.linalg.lstsq(a.flatten(0, 1), weights.double().flatten(0, 1)).solution
+        loss = (seen - a @ b @ lower).square().sum() / seen.square().sum()
+        assert float(shared_residuals(weights, inputs.T @ inputs)[rank]) == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_what_sharing_costs_and_saves(weights: torch.Tensor) -> None:
+    """At the same rank never better than own bases, and as good where experts are alike; then there is rank to spare."""
+    own = residuals(weights) * weights.double().square().sum((1, 2))[:, None] / weights.double().square().sum()
+    assert (shared_residuals(weights) >= own.sum(0) - 1e-12).all() and shared_residuals(weights)[3] > 1.05 * own.sum(0)[3]
+    alike = weights[:1].expand(3, -1, -1)
+    assert torch.allclose(shared_residuals(alike), residuals(weights[:1])[0])
+    for rank, experts, rows, cols in [(4, 3, 10, 7), (64, 16, 256, 256), (1, 1, 5, 9)]:
+        q = shared_rank(rank, experts, rows, cols)
+        assert q * (experts * rows + cols) <= rank * experts * (rows + cols) < (q + 1) * (experts * rows + cols)
