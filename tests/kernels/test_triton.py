@@ -15,10 +15,11 @@ from moecompress import kernels
 HERE = Path(__file__).parent
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize(("file", "interpreted"), [("interpreted_triton.py", "1"), ("compiled_triton.py", "0")])
+def test_kernels_without_a_gpu(file, interpreted):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": interpreted}, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
