@@ -130,9 +130,12 @@ def _matmul(x: Tensor, slots: Tensor, codes: Tensor, levels: Tensor, ends: Tenso
             raise UserError(f"{name} is on {tensor.device}, the bank on {codes.device}")
     bank = _bank(codes, levels, ends, prices, x.shape[1])
     count, rows = _shape(bank)
-    if gpu.ready(codes.device) and not isinstance(bank, DictionaryBank):
+    if gpu.ready(codes.device):
+        from moecompress.kernels.triton import dictionary as words
         from moecompress.kernels.triton import few_values
 
+        if isinstance(bank, DictionaryBank):
+            return words.matmul(x, slots, bank, book(bank.prices))
         return few_values.matmul(x, slots, bank)
     if codes.device.type != "cpu" or not _native_ready():
         _check_range("slots", slots, -1, count)

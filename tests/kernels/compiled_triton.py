@@ -3,13 +3,16 @@ compiler refuses. Run by test_triton.py in a process of its own, since it tells 
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from moecompress.kernels.triton import few_values, integers, launch, rotation, trellis
+from moecompress.kernels.triton import dictionary, few_values, integers, launch, rotation, trellis
+from moecompress.pack import dictionary as dictionary_format
 from moecompress.pack.scheme import Scheme
 from moecompress.pack.trellis import TrellisBank
 from moecompress.runtime.bank import make_bank
@@ -42,13 +45,13 @@ class CompileOnly:
         return lambda *arguments, **named: self.done.append(self.kernel.warmup(*arguments, grid=grid, **named))
 
 
-@pytest.fixture(params=[86, 90])
-def compiled(request, monkeypatch):
-    """Compiles what ``call`` launches of ``module``; -> the only launch, compiled."""
-    driver.set_active(AbsentGpu(request.param))
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiles what ``call`` launches of ``module``, for one of two kinds of matrix units; -> the only launch, compiled."""
     monkeypatch.setattr(launch, "_matrix_type", lambda x: tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32)
 
-    def compile(module, call):
+    def compile(module, call, capability=90):
+        driver.set_active(AbsentGpu(capability))
         kernel = CompileOnly(module._kernel)
         monkeypatch.setattr(module, "_kernel", kernel)
         call()
@@ -59,16 +62,24 @@ def compiled(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "size", "count", "rows"),
-    [("b3g32a", 3, 4, 70), ("b3g32a", 40, 4, 70), ("ternary", 40, 1, 1), ("t1_25", 2, 1, 1), ("t2", 300, 2, 64)],
+    ("code", "size", "count", "rows", "capability"),
+    [("b3g32a", 3, 4, 70, 86), ("b3g32a", 300, 4, 70, 86), ("ternary", 40, 1, 1, 86), ("t1_25", 2, 1, 1, 90), ("t2", 300, 2, 64, 90)],
 )
-def test_kernels_compile(compiled, code, size, count, rows):
+def test_kernels_compile(compiled, code, size, count, rows, capability):
     module = make_bank(Scheme.parse(code), count, rows, 160, torch.bfloat16)
     kind = torch.float32 if code.startswith("t") and code != "ternary" else torch.bfloat16
     x, slots, bank = torch.zeros(size, 160, dtype=kind), torch.zeros(size, dtype=torch.int32), module.bank()
     family = trellis if isinstance(bank, TrellisBank) else integers if code.startswith("b") else few_values
-    kernel = compiled(family, lambda: family.matmul(x, slots, bank))
+    kernel = compiled(family, lambda: family.matmul(x, slots, bank), capability)
     assert len(kernel.asm["cubin"]) and kernel.metadata.shared <= SHARED
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_words_compile(compiled, size):
+    bank = dictionary_format.pack(torch.ones(2, 70, 160, dtype=torch.uint8), torch.zeros(2, 70, 2).bfloat16(), (960, 15000))
+    x, slots, book = torch.zeros(size, 160), torch.zeros(size, dtype=torch.int32), torch.zeros(2**16, dtype=torch.int64)
+    call = partial(dictionary.matmul, x, slots, bank, book) if size < 5 else partial(dictionary.as_ternary, bank, book)
+    assert len(compiled(dictionary, call).asm["cubin"])
 
 
 def test_the_rotation_compiles(compiled):

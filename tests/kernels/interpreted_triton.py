@@ -13,9 +13,10 @@ from moecompress import kernels
 from moecompress.errors import UserError
 from moecompress.kernels import ops, ternary_matmul, trellis_matmul
 from moecompress.kernels import triton as gpu
+from moecompress.kernels.triton import dictionary as dictionary_kernel
 from moecompress.kernels.triton import few_values, integers, launch, rotation
 from moecompress.kernels.triton import trellis as trellis_kernel
-from moecompress.pack import int_format, ternary, trellis
+from moecompress.pack import dictionary, int_format, ternary, trellis
 from moecompress.pack import rotation as pack_rotation
 from moecompress.pack.scheme import Scheme
 from moecompress.runtime.bank import TrellisBank, make_bank, turn
@@ -113,6 +114,34 @@ def test_a_byte_that_is_no_five_trits_is_seen(size):
     bank.codes[1, 3, 8] = 243  # its last trits are padding
     y = multiply(torch.ones(size, 43), torch.tensor([0, 1] + [0] * (size - 2), dtype=torch.int32), bank)
     assert y[1, 3].isnan() and int(y.isnan().sum()) == 1
+
+
+def words(rows: int, cols: int):
+    """A dictionary bank of two matrices, what it stands for, and the dictionary."""
+    generator = torch.Generator().manual_seed(cols)
+    trits = torch.multinomial(torch.tensor([0.05, 0.85, 0.1]), 2 * rows * cols, True, generator=generator).to(torch.uint8)
+    bank = dictionary.pack(trits.view(2, rows, cols), torch.randn(2, rows, 2, generator=generator).bfloat16(), (960, 15000))
+    return bank, dictionary.dequantize(bank), ternary_matmul.book(bank.prices)
+
+
+@pytest.mark.parametrize("cols", [1, 99])
+def test_words(cols):
+    bank, weights, book = words(3, cols)
+    assert torch.equal(ternary.dequantize(dictionary_kernel.as_ternary(bank, book)), weights)
+    x, slots = torch.randn(3, cols, generator=torch.Generator().manual_seed(6)), torch.tensor([1, -1, 7], dtype=torch.int32)
+    y = dictionary_kernel.matmul(x, slots, bank, book)
+    assert y[2].isnan().all()
+    assert_product(y[:2], x[:2], slots[:2], weights, ERROR)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_words_are_read_inside_the_bank_alone(size):
+    bank, weights, book = words(4, 33)
+    bank.ends[0, 2], bank.ends[1, 1] = 2**31 - 1, -(2**31)
+    y = dictionary_kernel.matmul(torch.ones(size, 33), torch.tensor([0, 1, 0, 0, 0][:size], dtype=torch.int32), bank, book)
+    bad = torch.tensor([[False, False, True, True], [False, True, True, False]])
+    assert torch.equal(y[:2].isnan(), bad)
+    assert torch.allclose(y[:2][~bad], weights.sum(2)[~bad], atol=1e-4)
 
 
 def test_many_blocks_and_every_row_once():

@@ -34,7 +34,7 @@ def multiply(kernel: Any, x: Tensor, slots: Tensor, count: int, rows: int, unit:
     """
     size, slots = len(x), slots.contiguous()
     if not (size and rows and count):
-        return _blank(slots, count, rows, x.dtype)
+        return blank(slots, count, rows, x.dtype)
     shape = {"size": size, "count": count, "rows": rows, "units": -(-x.shape[1] // unit), "UNIT": unit}
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if size <= FEW * count:
@@ -44,7 +44,7 @@ def multiply(kernel: Any, x: Tensor, slots: Tensor, count: int, rows: int, unit:
             grid = (size, triton.cdiv(rows, ROWS_FEW))
             kernel[grid](parts, slots, slots, slots, slots, y, padded=parts.shape[-1], **shape, **arguments, **tiles)
             return y
-        y = _blank(slots, count, rows, x.dtype)
+        y = blank(slots, count, rows, x.dtype)
         block = min(BLOCK_MOST, max(16, triton.next_power_of_2(size // count)))
         order, blocks = assign(slots, count, block)
         parts = _parts(_by_unit(x[order], unit), exact)
@@ -79,7 +79,8 @@ def assign(slots: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
     return order, torch.stack([slot, first, torch.where(slot < count, last, first)])
 
 
-def _blank(slots: Tensor, count: int, rows: int, dtype: torch.dtype) -> Tensor:
+def blank(slots: Tensor, count: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """(S, rows) of zeros, of NaN for slots outside the bank."""
     fill = torch.where((slots < -1) | (slots >= count), float("nan"), 0.0).to(dtype)
     return fill[:, None].expand(-1, rows).contiguous()
 
