@@ -38,7 +38,7 @@ def as_ternary(bank: DictionaryBank, book: Tensor) -> TernaryBank:
     trits[..., bank.cols :] = 1
     damaged = torch.zeros(count, rows, 1, dtype=torch.uint8, device=device)
     _run(trits, torch.arange(count, dtype=torch.int32, device=device), trits, damaged, bank, book, count)
-    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=device)
+    powers = (3 ** torch.arange(TRITS, device=device)).to(torch.uint8)
     codes = (trits.unflatten(-1, (-1, TRITS)) * powers).sum(-1, dtype=torch.uint8)
     return TernaryBank(codes.masked_fill(damaged > 0, 255), bank.levels, bank.cols)
 
@@ -72,14 +72,17 @@ def _kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = row < tl.where(inside, rows, 0)
     line = tl.where(inside, slot, 0) * rows + row  # of the bank, [R]
-    # No word outside the bank is read, whatever the ends say.
-    end = tl.minimum(tl.load(ends + line, mask=there, other=0), number)
-    begin = tl.minimum(tl.maximum(tl.load(ends + line - 1, mask=there & (line > 0), other=0), 0), number)
+    # Whatever the ends say, no word outside the bank is read and no row has more of them than the bank.
+    begin = tl.load(ends + line - 1, mask=there & (line > 0), other=0)
+    begin = tl.minimum(tl.maximum(begin, 0), number)
+    end = tl.load(ends + line, mask=there, other=0)
+    end = tl.maximum(tl.minimum(end, number), begin)
     low = tl.load(levels + line * 2, mask=there, other=0.0).to(tl.float32)[:, None]
     high = tl.load(levels + line * 2 + 1, mask=there, other=0.0).to(tl.float32)[:, None]
     done = tl.zeros((ROWS,), dtype=tl.int32)  # pairs
     total = tl.zeros((ROWS, WORDS), dtype=tl.float32)
-    for first in range(0, tl.max(end - begin, axis=0), WORDS):
+    # One word more than a row can have is enough to see that there are too many.
+    for first in range(0, tl.minimum(tl.max(end - begin, axis=0), (cols + 1) // 2 + 1), WORDS):
         at = begin[:, None].to(tl.int64) + first + tl.arange(0, WORDS)[None, :]
         mask = there[:, None] & (at < end[:, None])
         word = tl.load(words + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
