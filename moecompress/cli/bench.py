@@ -20,6 +20,7 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as many as torch uses if not given.")] = None,
     memory: Annotated[float, typer.Option(min=0.1, help="GB that all weights together may take.")] = 4.0,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each kind; medians are reported.")] = 30,
+    device: Annotated[str, typer.Option(help="cpu or cuda. On a GPU bfloat16 experts are grouped products.")] = "cpu",
     json_: Json = False,
 ) -> None:
     """Time the experts of one MoE layer: packed, against bfloat16 and float32.
@@ -34,11 +35,18 @@ def command(
         moecompress bench --shape mixtral --codes b4g64s,t2 --batch 1 --threads 2
 
         moecompress bench --shape 2048x1408:6 --json
+
+        moecompress bench --device cuda --batch 1,16,256 --memory 16
     """
     import torch
 
-    from moecompress.evaluate.bench import measure
+    from moecompress.errors import UserError
+    from moecompress.evaluate import bench, bench_gpu
     from moecompress.pack.scheme import Scheme
+
+    if device not in ("cpu", "cuda"):
+        raise UserError("--device does not take this", expected="cpu or cuda", got=device)
+    measure = (bench_gpu if device == "cuda" else bench).measure
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

@@ -70,7 +70,7 @@ def measure(shape: Shape, schemes: list[Scheme], batches: list[int], memory: int
         seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
         inputs = {dtype: torch.randn(batch, shape.hidden).to(dtype) for dtype in DENSE.values()}
         touched = []
-        for routed in track(list(_routes(shape, batch, experts, rounds + 1)), f"batch {batch}"):
+        for routed in track(list(routes(shape, batch, experts, rounds + 1)), f"batch {batch}"):
             touched.append(len({expert for token in routed for expert in token}))
             for contender in contenders:
                 start = time.perf_counter()
@@ -79,7 +79,7 @@ def measure(shape: Shape, schemes: list[Scheme], batches: list[int], memory: int
             reads.append(_bandwidth(buffer, len(reads)))
         medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first is a warm-up
         for contender in contenders:
-            results.append(_row(contender, batch, statistics.mean(touched[1:]), medians))
+            results.append(row_of(contender.name, contender.bytes_per_expert, batch, statistics.mean(touched[1:]), medians))
     bandwidth = statistics.median(reads)
     for row in results:
         row["bandwidth_share"] = row["gigabytes_per_second"] / bandwidth
@@ -122,11 +122,11 @@ def _contenders(shape: Shape, schemes: list[Scheme], memory: int) -> tuple[list[
     experts = min(memory // sum(sizes.values()), enough)
     contenders = []
     for scheme in schemes:
-        banks = [_random_bank(scheme, experts, *one) for one in shapes]
+        banks = [random_bank(scheme, experts, *one) for one in shapes]
         contenders.append(Contender(scheme.name, sizes[scheme.name], torch.bfloat16, _packed_step(*banks)))
     for name, dtype in DENSE.items():
         if name in sizes:
-            weights = [_random_tensor(experts, *one).to(dtype) for one in shapes]
+            weights = [random_tensor(experts, *one).to(dtype) for one in shapes]
             contenders.append(Contender(name, sizes[name], dtype, _dense_step(*weights)))
     return contenders, experts
 
@@ -157,7 +157,7 @@ def _dense_step(gate: Tensor, up: Tensor, down: Tensor) -> Callable[[Tensor, lis
     return step
 
 
-def _routes(shape: Shape, batch: int, experts: int, rounds: int) -> Iterator[list[list[int]]]:
+def routes(shape: Shape, batch: int, experts: int, rounds: int) -> Iterator[list[list[int]]]:
     """For every round, for every token, its experts.
 
     Tokens choose at random among the layer's experts (so many share one as in a model); what they choose is then
@@ -174,7 +174,7 @@ def _routes(shape: Shape, batch: int, experts: int, rounds: int) -> Iterator[lis
         yield [[named[expert] for expert in token] for token in chosen]
 
 
-def _random_bank(scheme: Scheme, count: int, rows: int, cols: int) -> PackedBank:
+def random_bank(scheme: Scheme, count: int, rows: int, cols: int) -> PackedBank:
     """Codes of any bits that the format allows, the same in every matrix, with scales that keep numbers small."""
     bank = make_bank(scheme.fitted(cols), count, rows, cols, torch.bfloat16)
     for tensor in bank.buffers():
@@ -185,7 +185,7 @@ def _random_bank(scheme: Scheme, count: int, rows: int, cols: int) -> PackedBank
     return bank
 
 
-def _random_tensor(*shape: int) -> Tensor:
+def random_tensor(*shape: int) -> Tensor:
     return (torch.randn(1, *shape[1:]) / 64).expand(shape)
 
 
@@ -200,16 +200,17 @@ def _bandwidth(buffer: Tensor, turn: int) -> float:
     return data.nbytes / (time.perf_counter() - start) / 1e9
 
 
-def _row(contender: Contender, batch: int, touched: float, medians: dict[str, float]) -> dict:
-    seconds = medians[contender.name]
+def row_of(name: str, bytes_per_expert: int, batch: int, touched: float, medians: dict[str, float]) -> dict:
+    """What is reported of one contender. medians: seconds of a step, of all of them."""
+    seconds = medians[name]
     row = {
-        "weights": contender.name,
+        "weights": name,
         "batch": batch,
         "experts_per_step": touched,
         "microseconds_per_token": seconds * 1e6 / batch,
-        "gigabytes_per_second": touched * contender.bytes_per_expert / seconds / 1e9,
+        "gigabytes_per_second": touched * bytes_per_expert / seconds / 1e9,
     }
-    for name in DENSE:
-        if name in medians:
-            row[f"times_as_fast_as_{name}"] = medians[name] / seconds
+    for dense in DENSE:
+        if dense in medians:
+            row[f"times_as_fast_as_{dense}"] = medians[dense] / seconds
     return row

@@ -1,6 +1,7 @@
 """The two operations on packed banks, as torch operators: `grouped_matmul` and `dequantize`.
 
-On the CPU they run the compiled library where there is one (native.py), everywhere else plain torch (reference.py).
+On the CPU they run the compiled library where there is one (native.py), products on a GPU run in Triton where it is
+installed (triton/), everything else is plain torch (reference.py).
 They are registered as ``moecompress::grouped_matmul`` and ``moecompress::dequantize``, so torch.compile keeps them
 whole. No gradients.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.kernels import crowd, native, reference
+from moecompress.kernels import triton as gpu
 from moecompress.pack import int_format
 from moecompress.pack.int_format import IntBank
 from moecompress.progress import notice
@@ -32,7 +34,7 @@ def grouped_matmul(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
     """Row s of the result is matrix ``slots[s]`` of the bank times row s of ``x``; zeros where ``slots[s]`` is -1.
 
     x (S, cols) float32, bfloat16 or float16; slots int32 (S,). -> (S, rows), x.dtype; sums in float32.
-    Raises UserError if a tensor does not fit the format, or a slot is outside -1 ... n - 1.
+    Raises UserError if a tensor does not fit the format, or a slot is outside -1 ... n - 1 (in Triton: a row of NaN).
     """
     tensors = (bank.codes, bank.row_scales, bank.scales, bank.zeros)
     return torch.ops.moecompress.grouped_matmul(x, slots, *tensors, bank.bits, bank.group)
@@ -47,6 +49,11 @@ def dequantize(bank: IntBank, dtype: torch.dtype = torch.float32, index: Tensor 
 def native_status() -> str:
     """What runs on the CPU: "avx512_vnni", "avx512", "avx2", "neon" or "scalar"; or "reference: <why>"."""
     return native.status()
+
+
+def gpu_status() -> str:
+    """What multiplies on GPUs, all formats: "triton <version>"; or "reference: <why>"."""
+    return gpu.status()
 
 
 @cache
@@ -94,6 +101,10 @@ def multiply(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
     """As `grouped_matmul`, for operands that are checked already."""
     if bank.codes.device.type == "cpu" and _native_ready():
         return _on_cpu(x, slots, bank)
+    if gpu.ready(codes.device):
+        from moecompress.kernels.triton import integers
+
+        return integers.matmul(x, slots, bank)
     crowd.check_range("slots", slots, -1, bank.count)
     return reference.grouped_matmul(x, slots, bank.codes, bank.row_scales, bank.scales, bank.zeros, bank.bits, bank.group)
 

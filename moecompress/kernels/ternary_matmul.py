@@ -1,8 +1,8 @@
 """Products with packed matrices of three or two values a row: formats ``ternary``, ``sign`` and ``dictionary``.
 
-On the CPU they run the compiled library (cpu/ternary_matmul.cpp) where there is one, everywhere else plain torch. They
-are registered as ``moecompress::ternary_matmul`` and ``moecompress::ternary_dequantize``, so torch.compile keeps them
-whole. No gradients.
+On the CPU they run the compiled library (cpu/ternary_matmul.cpp) where there is one, products on a GPU run in Triton where
+it is installed (triton/), everything else is plain torch. They are registered as ``moecompress::ternary_matmul`` and
+``moecompress::ternary_dequantize``, so torch.compile keeps them whole. No gradients.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.kernels import crowd, library
+from moecompress.kernels import triton as gpu
 from moecompress.pack import dictionary, ternary
 from moecompress.pack.dictionary import LONGEST, DictionaryBank
 from moecompress.pack.fields import wrong
@@ -56,7 +57,7 @@ def matmul(x: Tensor, slots: Tensor, bank: Bank) -> Tensor:
     x (S, cols) float32, bfloat16 or float16; slots int32 (S,). -> (S, rows), x.dtype; sums in float32.
     On "avx512_vnni" x is taken as integers times a scale for each 32 to 80 columns: at most 2^-13 (bfloat16; exact above
     1/32) or 2^-21 (float32) of the largest among them off. Raises UserError if a tensor does not fit the format, a slot is
-    outside -1 ... n - 1, or the rows that are read are damaged.
+    outside -1 ... n - 1, or the rows that are read are damaged (in Triton both give rows of NaN, since the CPU does not wait).
     """
     return torch.ops.moecompress.ternary_matmul(x, slots, *_parts(bank))
 
@@ -123,6 +124,13 @@ def _matmul(x: Tensor, slots: Tensor, codes: Tensor, levels: Tensor, ends: Tenso
             raise UserError(f"{name} is on {tensor.device}, the bank on {codes.device}")
     bank = _bank(codes, levels, ends, prices, x.shape[1])
     count, rows = _shape(bank)
+    if gpu.ready(codes.device):
+        from moecompress.kernels.triton import dictionary as words
+        from moecompress.kernels.triton import few_values
+
+        if isinstance(bank, DictionaryBank):
+            return words.matmul(x, slots, bank, book(bank.prices))
+        return few_values.matmul(x, slots, bank)
     if codes.device.type != "cpu" or not _native_ready():
         crowd.check_range("slots", slots, -1, count)
         return _by_matrix(x, slots, slots.unique().tolist(), bank, rows, torch.float32)

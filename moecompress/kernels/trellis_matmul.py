@@ -1,7 +1,8 @@
 """Arithmetic on trellis banks and the rotation that goes with them, as torch operators.
 
-On the CPU they run the compiled library (cpu/trellis_matmul.cpp) where there is one, everywhere else plain torch. They are
-registered as ``moecompress::trellis_matmul``, ``trellis_dequantize`` and ``rotate``, so torch.compile keeps them whole. No gradients.
+On the CPU they run the compiled library (cpu/trellis_matmul.cpp) where there is one, products and rotations on a GPU run in
+Triton where it is installed (triton/), everything else is plain torch. They are registered as ``moecompress::trellis_matmul``,
+``trellis_dequantize`` and ``rotate``, so torch.compile keeps them whole. No gradients.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.kernels import crowd, library
+from moecompress.kernels import triton as gpu
 from moecompress.pack import rotation, trellis
 from moecompress.pack.trellis import RATES, TrellisBank
 from moecompress.progress import notice
@@ -71,8 +73,8 @@ def matmul(x: Tensor, slots: Tensor, bank: TrellisBank) -> Tensor:
 
     x float32 (S, cols); slots int32 (S,). -> float32 (S, rows), whose rotation is not undone. Except on "portable" x is
     taken as fixed-point numbers, 1/32638 of the largest in the row off at most, and as zero where that is below 2^-100;
-    products and sums of those are exact until the end.
-    Raises UserError if a tensor does not fit the format, or a slot is outside -1 ... n - 1.
+    products and sums of those are exact until the end. In Triton, where many rows want a matrix, x is 2^-16 of each off at most.
+    Raises UserError if a tensor does not fit the format, or a slot is outside -1 ... n - 1 (in Triton: a row of NaN).
     """
     return torch.ops.moecompress.trellis_matmul(x, slots, bank.stream, bank.scales, bank.rate, bank.rows)
 
@@ -119,6 +121,10 @@ def _trellis_matmul(x: Tensor, slots: Tensor, stream: Tensor, scales: Tensor, ra
         raise UserError(f"x is on {x.device}, slots on {slots.device}, the bank on {stream.device} and {scales.device}")
     if stream.device.type == "cpu" and _ready():
         return _on_cpu(x.contiguous(), slots, bank)
+    if gpu.ready(stream.device):
+        from moecompress.kernels.triton import trellis as kernel
+
+        return kernel.matmul(x, slots, bank)
     crowd.check_range("slots", slots, -1, len(scales))
 
     def matrix(slot: int) -> Tensor:
@@ -160,6 +166,10 @@ def _rotate(x: Tensor, sign: Tensor, undo: bool) -> Tensor:
         raise _refused("rotate", "x", "floating point (..., n)", x)
     if sign.dtype != torch.float32 or sign.shape != x.shape[-1:] or sign.device != x.device:
         raise _refused("rotate", "sign", f"float32 ({x.shape[-1]},) on {x.device}", sign)
+    if gpu.ready(x.device):
+        from moecompress.kernels.triton import rotation as kernel
+
+        return kernel.rotate(x, sign, undo)
     if x.device.type != "cpu" or not _ready():
         return (rotation.unrotate if undo else rotation.rotate)(x.float(), sign)
     x, sign = (x if x.dtype in _TYPES else x.float()).contiguous(), sign.contiguous()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moecompress.errors import UserError
+from moecompress.kernels import triton as gpu
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
 from moecompress.pack.scheme import Scheme
 from moecompress.runtime.bank import NestedIntegers, make_bank, turn, turn_back
@@ -103,7 +104,7 @@ class PackedExperts(nn.Module):
         ``module`` is the family's own experts module: its activation, biases and norms are used as they are.
         """
         tokens, top_k = chosen.shape
-        if crowded(chosen, self.layout.experts):
+        if crowded(chosen, self.layout.experts) and not gpu.ready(chosen.device):  # there one launch takes all experts
             return by_expert(module, self.layout, self._matmul, hidden, chosen, weights)
         expert = chosen.reshape(-1).clamp(max=self.layout.experts)
         x, turned = hidden.repeat_interleave(top_k, dim=0), None

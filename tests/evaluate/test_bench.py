@@ -50,9 +50,9 @@ def test_numbers_agree_with_each_other():
 
 def test_experts_in_memory_take_turns():
     shape = bench.Shape(hidden=8, width=8, experts=6, top_k=2)
-    routes = list(bench._routes(shape, batch=1, experts=10, rounds=5))
+    routes = list(bench.routes(shape, batch=1, experts=10, rounds=5))
     assert [expert for step in routes for expert in step[0]] == list(range(10))
-    for step in bench._routes(shape, batch=7, experts=10, rounds=5):
+    for step in bench.routes(shape, batch=7, experts=10, rounds=5):
         assert all(len(set(token)) == 2 for token in step)
         assert len({expert for token in step for expert in token}) <= 6
 
