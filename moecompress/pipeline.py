@@ -21,6 +21,7 @@ import torch
 from moecompress.allocate.candidates import Unit, unit_id
 from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
+from moecompress.calibrate import prediction
 from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
 from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
@@ -174,6 +175,7 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in statistics.unreached()],
         "fallbacks": done["fallbacks"],
         "errors": done["errors"],
+        "prediction": prediction.compare(_by_unit(opened.anatomy, done["measured"]), chosen, statistics),
         "schemes": done["schemes"],
         "tensors": fates(opened.anatomy, done["schemes"]),
     }  # fmt: skip
@@ -226,6 +228,13 @@ def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]
         }
         for layer, moe in anatomy.moe.items()
     }
+
+
+def _by_unit(anatomy: Anatomy, values: dict[str, float]) -> dict[str, float]:
+    """What was recorded by module.expert.projection, by unit."""
+    layer_of = {moe.module: layer for layer, moe in anatomy.moe.items()}
+    parts = {name: name.rsplit(".", 2) for name in values}
+    return {unit_id(layer_of[module], int(e), p): values[name] for name, (module, e, p) in parts.items()}
 
 
 def use_whole_size(job: Job, made: Plan, budget: int, size: int, make: Callable[[int], Plan]) -> Plan:

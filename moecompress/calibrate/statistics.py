@@ -14,6 +14,14 @@ from moecompress.model.checkpoint import write_shard, write_text
 
 #: An expert is called thinly covered below this many tokens per input channel of its widest matrix.
 THIN = 1.0
+#: Share of the mean gate mass that every expert gets on top of its own, so that one that calibration text hardly used
+#: is not treated as worthless on other text.
+PRIOR_MASS = 0.05
+
+
+def gate_mass(gate_square: torch.Tensor) -> torch.Tensor:
+    """What the error of an expert weighs: [E], Σ g² and a little of the mean."""
+    return gate_square + PRIOR_MASS * gate_square.mean()
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,11 @@ class LayerStatistics:
     harm: torch.Tensor
     tokens: int
     sensitivity: float
+
+    @property
+    def unit_error(self) -> torch.Tensor:
+        """[E, P, C] expected squared error of an expert's output per unit of Σ g²."""
+        return self.harm / gate_mass(self.gate_square).clamp_min(1e-30)[:, None, None]
 
 
 @dataclass(frozen=True)

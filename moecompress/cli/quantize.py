@@ -85,6 +85,8 @@ def summary(result) -> dict:
         "measured": result.measured,
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in result.statistics.unreached()],
     }
+    found = manifest.get("prediction")
+    record["prediction"] = None if found is None else {key: value for key, value in found.items() if key != "units"} | {"units": len(found["units"])}
     for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "routing"):
         record[key] = manifest.get(key)
     return record
@@ -124,6 +126,10 @@ def _print(result, record: dict) -> None:
         skips, after = record["routing"], record["routing"]["after"]
         console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "
                       f"the original, perplexity {after['perplexity']:.3f}")  # fmt: skip
+    if record["prediction"] and record["prediction"]["off"]:
+        ratios = ", ".join(f"{scheme} {record['prediction']['ratio'][scheme]:.2f}" for scheme in record["prediction"]["off"])
+        console.print(f"[yellow]predicted errors are off[/yellow] (median of measured ÷ predicted over {record['prediction']['units']} "
+                      f"matrices): {ratios}; `moecompress report` shows them")  # fmt: skip
     if record["fallbacks"]:
         console.print(
             f"[yellow]rounded to nearest because their Hessian failed:[/yellow] {', '.join(record['fallbacks'])}"

@@ -32,6 +32,9 @@ def content(records: Records) -> dict[str, Any]:
         "errors": plots.errors(errors_by_layer(manifest, records.statistics.projections), records.statistics, router),
         "size": plots.size_against_divergence(points(records)),
     }
+    prediction = manifest.get("prediction")
+    if prediction and prediction["units"]:
+        pictures["prediction"] = plots.prediction(prediction["units"])
     return {
         "name": records.name,
         "manifest": manifest,
@@ -40,6 +43,7 @@ def content(records: Records) -> dict[str, Any]:
         "chosen": heldout[manifest["chosen"]],
         "measured": measured,
         "steps": [step | {"worst": worst_layer(step)} for step in manifest.get("steps", [])],
+        "prediction": prediction,
         "routing": manifest.get("routing"),
         "difference": heldout.get("plan_minus_uniform"),
         "sizes": {"plan": manifest["total_bytes"], "uniform": uniform_total(records)},
