@@ -354,6 +354,18 @@ class RouteRecipe(_Section):
         return self
 
 
+class RepairRecipe(_Section):
+    """What is trained once the model is compressed, towards the original's predictions on the calibration text."""
+
+    #: the routers' weights; kept only if the divergence from the original falls on held-out text
+    router: bool = False
+    steps: Count = 100
+    #: highest learning rate
+    rate: Number = 1e-3
+    #: sequences of a step
+    batch: Count = 8
+
+
 class ComputeRecipe(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #: sequences that go through a layer together
@@ -369,6 +381,7 @@ class Recipe(_Section):
     #: steps that change the model's experts before it is quantized, in order
     transform: tuple[Step, ...] = ()
     quantize: QuantizeRecipe = QuantizeRecipe()
+    repair: RepairRecipe = RepairRecipe()
     route: RouteRecipe = RouteRecipe()
     compute: ComputeRecipe = ComputeRecipe()
 

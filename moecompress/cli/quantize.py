@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,12 @@ from moecompress.cli.common import (
 from moecompress.cli.prune import print_steps
 
 
+class Repair(StrEnum):
+    """What --repair may train."""
+
+    router = "router"
+
+
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The compressed folder; must not exist or be empty.")],
@@ -36,6 +43,11 @@ def command(
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Round an expert to nearest when its Hessian fails, and say so.")
     ] = False,
+    repair: Annotated[
+        Repair | None,
+        typer.Option("--repair", help="router: train the routers' weights on the calibration text to follow the original again, and keep "
+                     "them if that helps on held-out text. Needs memory for the whole packed model, disk for a hidden state of every token."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     resume: Resume = True,
     trust_remote_code: Trust = False,
@@ -58,11 +70,14 @@ def command(
         moecompress quantize ./model -o out --recipe recipes/small-2bit.yaml --set quantize.hessian=g --dry-run
 
         moecompress quantize ./model -o out --recipe recipes/reap.yaml --target-size 8GB
+
+        moecompress quantize ./model -o out --target-bits 2 --repair router --set repair.steps=200
     """
     from moecompress import pipeline
     from moecompress.cli.common import recipe_of
 
-    changes = [*(overrides or []), *(["quantize.allow_fallback=true"] if allow_fallback else [])]
+    changes = [*(overrides or []), *(["quantize.allow_fallback=true"] if allow_fallback else []),
+               *(["repair.router=true"] if repair else [])]  # fmt: skip
     pipeline.refuse_target(output)
     job = pipeline.make_job(
         model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code
@@ -87,7 +102,7 @@ def summary(result) -> dict:
     }
     found = manifest.get("prediction")
     record["prediction"] = None if found is None else {key: value for key, value in found.items() if key != "units"} | {"units": len(found["units"])}
-    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "routing"):
+    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "repair", "routing"):
         record[key] = manifest.get(key)
     return record
 
@@ -122,6 +137,12 @@ def _print(result, record: dict) -> None:
     console.print(table)
     console.print(f"{result.folder}: {size_text(record['total_bytes'])} of {size_text(record['input_bytes'])}, "
                   f"{record['bits_per_weight']:.3f} bits per expert weight{' of the original' if record['steps'] else ''}, everything counted")  # fmt: skip
+    if record["repair"]:
+        repair = record["repair"]
+        before, after = (repair[key]["kl_mean"] for key in ("before", "after"))
+        best = min([row["kl_mean"] for row in repair["history"]], default=before)
+        console.print(f"routers repaired in {repair['steps']} steps: KL {before:.5f} → {after:.5f} nats" if repair["kept"] else
+                      f"routers not repaired: {repair['steps']} steps never brought KL below {before:.5f} nats (best {best:.5f}); they are as before")
     if record["routing"]:
         skips, after = record["routing"], record["routing"]["after"]
         console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "
