@@ -22,6 +22,7 @@ from moecompress.allocate.candidates import Unit, unit_id
 from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
 from moecompress.calibrate import prediction
+from moecompress.calibrate.gradient import by_gradient, refuse_large
 from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
 from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
@@ -68,12 +69,15 @@ class Result:
 def calibrate(job: Job, work: Path) -> Statistics:
     if (work / "statistics.json").exists():
         statistics = Statistics.load(work)
-        if statistics.fingerprint == job.calibration.fingerprint() and statistics.schemes == [
-            s.name for s in job.schemes
-        ]:
+        made = (statistics.fingerprint, statistics.schemes, statistics.harm)
+        if made == (job.calibration.fingerprint(), [s.name for s in job.schemes], job.recipe.allocate.harm):
             return statistics
         shutil.rmtree(work)
+    if job.recipe.allocate.harm == "gradient":
+        refuse_large(job.opened, job.tokens.ids.shape[1])
     statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work)
+    if job.recipe.allocate.harm == "gradient":
+        statistics = by_gradient(job.open(), job.calibration, statistics)
     statistics.save(work)
     return statistics
 

@@ -196,6 +196,9 @@ class AllocateRecipe(_Section):
     #: global: one budget over all layers; pmq: MC-MoE's program, one budget per layer; uniform: the same for all
     allocator: Literal["global", "pmq", "uniform"] = "global"
     solver: Literal["lagrangian", "milp"] = "lagrangian"
+    #: where sensitivities come from: forward (a perturbed forward pass a layer) or gradient (squared gradients, of every
+    #: expert; needs the whole model in memory)
+    harm: Literal["forward", "gradient"] = "forward"
     #: what is decided together: every expert matrix alone, one projection of all experts of a layer, or a whole layer
     granularity: Literal["expert", "projection", "layer"] = "expert"
     candidates: Annotated[tuple[CandidateRecipe, ...], Field(min_length=1)] = _DEFAULT_CANDIDATES

@@ -31,6 +31,7 @@ class LayerStatistics:
     counts: int64 [E] tokens. gate_sum, gate_square: float64 [E], Σ g and Σ g². harm: float64 [E, P, C], expected squared
     error of the layer's expert output, summed over the calibration tokens. tokens: how many tokens the layer saw.
     sensitivity: nats of final KL (summed over tokens) per unit of squared error of the layer's expert output.
+    importance: float64 [E], the same of each expert's part in it, relative to the layer's; None where it was not looked at.
     """
 
     counts: torch.Tensor
@@ -39,6 +40,7 @@ class LayerStatistics:
     harm: torch.Tensor
     tokens: int
     sensitivity: float
+    importance: torch.Tensor | None = None
 
     @property
     def unit_error(self) -> torch.Tensor:
@@ -53,6 +55,7 @@ class Statistics:
     layers: dict[int, LayerStatistics]
     fingerprint: str
     text: str
+    harm: str = "forward"  # where sensitivities come from
 
     def unreached(self) -> list[tuple[int, int]]:
         """(layer, expert) pairs that no calibration token chose."""
@@ -70,7 +73,8 @@ class Statistics:
 
     def predicted_harm(self) -> dict[int, torch.Tensor]:
         """Layer -> [E, P, C] predicted KL in nats per token."""
-        return {index: layer.harm * (layer.sensitivity / max(1, layer.tokens)) for index, layer in self.layers.items()}
+        return {index: layer.harm * (layer.sensitivity / max(1, layer.tokens)) * (1.0 if layer.importance is None else layer.importance[:, None, None])
+                for index, layer in self.layers.items()}  # fmt: skip
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,9 +82,11 @@ class Statistics:
         for index, layer in self.layers.items():
             for name in ("counts", "gate_sum", "gate_square", "harm"):
                 tensors[f"{index}.{name}"] = getattr(layer, name)
+            if layer.importance is not None:
+                tensors[f"{index}.importance"] = layer.importance
         write_shard(folder / "statistics.safetensors", tensors)
         record = {"version": 1, "schemes": self.schemes, "projections": self.projections, "fingerprint": self.fingerprint,
-                  "text": self.text, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
+                  "text": self.text, "harm": self.harm, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
                                                 for i, s in self.layers.items()}}  # fmt: skip
         write_text(folder / "statistics.json", json.dumps(record, indent=1))
 
@@ -99,7 +105,9 @@ class Statistics:
             int(index): LayerStatistics(
                 tensors[f"{index}.counts"], tensors[f"{index}.gate_sum"], tensors[f"{index}.gate_square"],
                 tensors[f"{index}.harm"], values["tokens"], values["sensitivity"],
+                tensors.get(f"{index}.importance"),
             )
             for index, values in record["layers"].items()
         }  # fmt: skip
-        return Statistics(record["schemes"], record["projections"], layers, record["fingerprint"], record["text"])
+        return Statistics(record["schemes"], record["projections"], layers, record["fingerprint"], record["text"],
+                          record.get("harm", "forward"))  # fmt: skip

@@ -10,6 +10,7 @@ import typer
 
 from moecompress.cli.common import (
     Granularity,
+    HarmFrom,
     Json,
     Model,
     Overrides,
@@ -39,6 +40,7 @@ def command(
     recipe: RecipeFile = None,
     text: Text = None,
     granularity: Granularity = None,
+    harm: HarmFrom = None,
     overrides: Overrides = None,
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Round an expert to nearest when its Hessian fails, and say so.")
@@ -80,7 +82,7 @@ def command(
                *(["repair.router=true"] if repair else [])]  # fmt: skip
     pipeline.refuse_target(output)
     job = pipeline.make_job(
-        model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code
+        model, recipe_of(recipe, target_size, target_bits, text, granularity, changes, harm), trust_remote_code
     )
     result = pipeline.quantize(job, output, fresh=not resume, dry_run=dry_run)
     record = summary(result)

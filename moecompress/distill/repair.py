@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from moecompress.calibrate.data import split_heldout
 from moecompress.distill.folder import on_disk, trained
@@ -23,6 +22,7 @@ from moecompress.errors import UserError
 from moecompress.evaluate.divergence import head_replaced, trace
 from moecompress.job import Job
 from moecompress.model.checkpoint import TensorEntry, read_entry, read_header, write_shard
+from moecompress.model.memory import recomputing
 from moecompress.route.folder import link
 from moecompress.runtime.loading import load
 
@@ -72,11 +72,12 @@ def repair_routers(job: Job, ready: Path, work: Path) -> tuple[Path | None, dict
     dtypes = trained(job.opened, "router")
     known = remember(job, [used.ids, unseen.ids], work)
     student = load(ready, job.opened.dtype, job.trust_remote_code)
-    recompute_layers(student.get_submodule(job.opened.anatomy.stack))
     settings = settings_of(job)
     state = work / "training"
     state.mkdir(exist_ok=True)
-    run = train(student, Original(student, known), dtypes, (), used.ids, unseen.ids, settings, state, "repair")
+    layers: Any = student.get_submodule(job.opened.anatomy.stack)
+    with recomputing(layers):
+        run = train(student, Original(student, known), dtypes, (), used.ids, unseen.ids, settings, state, "repair")
     record = {"trained": sorted(dtypes), "weights": sum(p.numel() for n, p in student.named_parameters() if n in dtypes),
               "steps": run.step, "best_step": run.best_step, "rate": settings.rate, "history": run.history}  # fmt: skip
     if run.best is None:
@@ -104,16 +105,6 @@ def remember(job: Job, texts: Iterable[torch.Tensor], work: Path) -> dict[str, T
         found = {name_of(ids): row for batch, rows in zip(batches, hidden, strict=True) for ids, row in zip(batch, rows, strict=True)}
         write_shard(path, found)
     return read_header(path)
-
-
-def recompute_layers(layers: Iterable[nn.Module]) -> None:
-    """Let the backward pass run each layer again instead of keeping what is inside: one layer's activations at a time."""
-    for layer in layers:
-        layer.forward = _recomputing(layer.forward)
-
-
-def _recomputing(forward: Any) -> Any:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def write(ready: Path, changed: dict[str, torch.Tensor], out: Path) -> Path:

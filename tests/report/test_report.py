@@ -161,6 +161,18 @@ def test_predictions_are_shown_where_there_are_some(page: Page, packed_tiny: Pat
     assert "Do the predictions hold?" not in write_report(copy_of_packed, output=tmp_path / "r.html").read_text()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_repair_is_shown_and_its_result_is_what_counts(copy_of_packed: Path, tmp_path: Path, kept: bool) -> None:
+    manifest = json.loads((copy_of_packed / "moecompress" / "manifest.json").read_text())
+    before = manifest["heldout"][manifest["chosen"]]
+    after = before | {"kl_mean": 0.000123} if kept else before
+    change_manifest(copy_of_packed, repair={"steps": 7, "weights": 1536, "before": before, "after": after, "kept": kept})
+    page = Page(write_report(copy_of_packed, output=tmp_path / "r.html").read_text())
+    assert f"KL {after['kl_mean']:.5f}" in page.words
+    assert ("they were kept" in page.words) == kept and ("the routers are as they were" in page.words) != kept
+    assert next(p for p in points(read_records(copy_of_packed)) if p["kind"] == manifest["chosen"])["kl"] == after["kl_mean"]
+
+
 def test_default_place_is_beside_the_folder_and_bytes_repeat(copy_of_packed: Path) -> None:
     first = write_report(copy_of_packed)
     assert first == copy_of_packed.with_name("packed.html")
