@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from moecompress.calibrate.capture import Capture, Enough, recording
+from moecompress.calibrate.capture import Capture, Enough, recording, route
 from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.observe import Calibration, seam_on
+from moecompress.calibrate.prediction import WATCHED, decoded, output_errors, sampled
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
 from moecompress.model.memory import forget
@@ -96,8 +97,9 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
                     outputs = walk.run_all() if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
-    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
+    merged: dict[str, Any] = {"errors": {}, "measured": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
     for record in work.records(total):
+        merged["measured"].update(record["measured"])
         merged["errors"].update(record["errors"])
         merged["schemes"].update(record["schemes"])
         merged["contents"].update(record["contents"])
@@ -113,7 +115,7 @@ def _remembering(walk: Walk, layer: int):
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
                     linears: dict[str, Scheme], settings: Settings, shard: Path) -> dict[str, Any]:  # fmt: skip
     opened = walk.opened
-    record: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
+    record: dict[str, Any] = {"errors": {}, "measured": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
     tensors: dict[str, torch.Tensor] = {}
     replaced: set[str] = set()
     prefix = opened.anatomy.layer_names[layer] + "."
@@ -183,6 +185,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     books = _books(opened, moe, capture, schemes, calibration, chunk)
     for named, book in books.items():
         _fill(filled[named], {"book": book})
+    routed = route(capture, layout.experts)
+    watched = set(sampled(routed, WATCHED))
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
         experts_here = [f"{moe.module}.{e}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
@@ -210,6 +214,14 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 if encoded.archived_bits is not None:
                     record["archived"][f"{moe.module}.{projection}"] = {"scheme": scheme.name, "bits": encoded.archived_bits}
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
+        for expert in watched.intersection(moments.experts):
+            rounded = {}
+            for p, scheme in ((p, schemes[p][expert]) for p in layout.projections):
+                slot, tensors = members[p, scheme.name].index(expert), dict(filled[p, scheme.name].named_buffers())
+                rounded[p] = decoded(scheme, tensors, layout.shape(p), settings.seed, slot)
+            weights = {p: moments.weights[p][expert - moments.experts[0]] for p in layout.projections}
+            lost = output_errors(experts, layout, expert, capture.hidden, routed, weights, rounded)
+            record["measured"].update({f"{moe.module}.{expert}.{p}": error for p, error in lost.items()})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)

@@ -1,7 +1,7 @@
 """The story: a checkpoint and a byte budget in, a smaller checkpoint with its proof out.
 
 open → fewer experts (prune.py), if asked for → calibrate → plan → compress, the plan and a uniform one → load again, measure
-and keep the better → tune skipping, if asked for → write.
+and keep the better → repair routers and tune skipping, if asked for → write.
 Every stage leaves its record in the work folder; a rerun with the same inputs goes on behind the last finished layer.
 """
 
@@ -21,9 +21,12 @@ import torch
 from moecompress.allocate.candidates import Unit, unit_id
 from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
+from moecompress.calibrate import prediction
+from moecompress.calibrate.gradient import by_gradient, refuse_large
 from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
 from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
+from moecompress.distill.repair import refuse_little_memory, repair_routers
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
 from moecompress.job import Job, finish, identity, open_work, refuse_full_disk, refuse_target, work_folder
@@ -66,12 +69,15 @@ class Result:
 def calibrate(job: Job, work: Path) -> Statistics:
     if (work / "statistics.json").exists():
         statistics = Statistics.load(work)
-        if statistics.fingerprint == job.calibration.fingerprint() and statistics.schemes == [
-            s.name for s in job.schemes
-        ]:
+        made = (statistics.fingerprint, statistics.schemes, statistics.harm)
+        if made == (job.calibration.fingerprint(), [s.name for s in job.schemes], job.recipe.allocate.harm):
             return statistics
         shutil.rmtree(work)
+    if job.recipe.allocate.harm == "gradient":
+        refuse_large(job.opened, job.tokens.ids.shape[1])
     statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work)
+    if job.recipe.allocate.harm == "gradient":
+        statistics = by_gradient(job.open(), job.calibration, statistics)
     statistics.save(work)
     return statistics
 
@@ -134,6 +140,8 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         if winner == "uniform":
             notice("the uniform plan measured better than the allocated one; it is the one that was written")
     ready, manifest = work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}
+    if job.recipe.repair.router:
+        ready, manifest["repair"] = repaired(job, ready, summaries[winner], work / "repair")
     if job.recipe.route.policy != "none":
         manifest["routing"] = skipping(job, ready)
     if steps:
@@ -178,6 +186,7 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in statistics.unreached()],
         "fallbacks": done["fallbacks"],
         "errors": done["errors"],
+        "prediction": prediction.compare(_by_unit(opened.anatomy, done["measured"]), chosen, statistics),
         "schemes": done["schemes"],
         "dictionary": against_entropy(opened.anatomy, done["archived"]),
         "tensors": fates(opened.anatomy, done["schemes"]),
@@ -209,6 +218,18 @@ def skipping(job: Job, ready: Path) -> dict[str, Any]:
     store(read_config(ready), chosen.policy, ready)
     after = load_and_measure(ready, job.heldout, job.given.reference, job.opened.dtype).summary()
     return record_of(chosen, points) | {"after": after}
+
+
+def repaired(job: Job, ready: Path, before: dict[str, Any], work: Path) -> tuple[Path, dict[str, Any]]:
+    """Repair the routers of the folder ``ready``; the folder to go on with, and what came of it. ``before``: its summary."""
+    found, record = repair_routers(job, ready, work)
+    after = before
+    if found is not None:
+        after = load_and_measure(found, job.heldout, job.given.reference, job.opened.dtype).summary()
+    kept = after["kl_mean"] < before["kl_mean"]
+    if not kept:
+        notice("training the routers did not bring the model closer to the original on held-out text: they stay as they were")
+    return found if found is not None and kept else ready, record | {"before": before, "after": after, "kept": kept}
 
 
 def load_and_measure(folder: Path, batches: list[torch.Tensor], reference: Trace, dtype: torch.dtype) -> Divergence:
@@ -244,6 +265,13 @@ def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]
         }
         for layer, moe in anatomy.moe.items()
     }
+
+
+def _by_unit(anatomy: Anatomy, values: dict[str, float]) -> dict[str, float]:
+    """What was recorded by module.expert.projection, by unit."""
+    layer_of = {moe.module: layer for layer, moe in anatomy.moe.items()}
+    parts = {name: name.rsplit(".", 2) for name in values}
+    return {unit_id(layer_of[module], int(e), p): values[name] for name, (module, e, p) in parts.items()}
 
 
 def use_whole_size(made: Plan, budget: int, size: int, make: Callable[[int], Plan], written: Callable[[Plan], int]) -> Plan:
@@ -371,7 +399,9 @@ def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
 
 
 def check_space(out: Path, job: Job, chosen: Plan) -> None:
-    """Refuse before the long part when the disk cannot hold the result and the state for resuming."""
+    """Refuse before the long part when the disk cannot hold the result and the state for resuming, or memory a repair."""
+    if job.recipe.repair.router:
+        refuse_little_memory(job, chosen.bytes + fixed_bytes(job, []))
     plans = 2 if job.recipe.allocate.compare == "uniform" else 1
     hidden = job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
     refuse_full_disk(out, plans * (chosen.bytes + fixed_bytes(job, [])) + hidden,

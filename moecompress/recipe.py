@@ -256,6 +256,9 @@ class AllocateRecipe(_Section):
     #: global: one budget over all layers; pmq: MC-MoE's program, one budget per layer; uniform: the same for all
     allocator: Literal["global", "pmq", "uniform"] = "global"
     solver: Literal["lagrangian", "milp"] = "lagrangian"
+    #: where sensitivities come from: forward (a perturbed forward pass a layer) or gradient (squared gradients, of every
+    #: expert; needs the whole model in memory)
+    harm: Literal["forward", "gradient"] = "forward"
     #: what is decided together: every expert matrix alone, one projection of all experts of a layer, or a whole layer
     granularity: Literal["expert", "projection", "layer"] = "expert"
     candidates: Annotated[tuple[CandidateRecipe, ...], Field(min_length=1)] = _DEFAULT_CANDIDATES
@@ -414,6 +417,18 @@ class RouteRecipe(_Section):
         return self
 
 
+class RepairRecipe(_Section):
+    """What is trained once the model is compressed, towards the original's predictions on the calibration text."""
+
+    #: the routers' weights; kept only if the divergence from the original falls on held-out text
+    router: bool = False
+    steps: Count = 100
+    #: highest learning rate
+    rate: Number = 1e-3
+    #: sequences of a step
+    batch: Count = 8
+
+
 class ComputeRecipe(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #: sequences that go through a layer together
@@ -429,6 +444,7 @@ class Recipe(_Section):
     #: steps that change the model's experts before it is quantized, in order
     transform: tuple[Step, ...] = ()
     quantize: QuantizeRecipe = QuantizeRecipe()
+    repair: RepairRecipe = RepairRecipe()
     route: RouteRecipe = RouteRecipe()
     compute: ComputeRecipe = ComputeRecipe()
 

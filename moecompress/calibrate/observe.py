@@ -17,7 +17,8 @@ from torch import nn
 
 from moecompress.calibrate.capture import Capture, recording, route
 from moecompress.calibrate.moments import chunk_size, expert_moments
-from moecompress.calibrate.statistics import LayerStatistics, Statistics
+from moecompress.calibrate.prediction import TRIED, correction, sampled, tried, tried_layers
+from moecompress.calibrate.statistics import LayerStatistics, Statistics, gate_mass
 from moecompress.model.anatomy import MoELayer
 from moecompress.model.checkpoint import write_shard, write_text
 from moecompress.model.experts import ExpertsLayout, projections
@@ -33,9 +34,6 @@ from moecompress.runtime import seam
 #: What a layer's experts are replaced by when its sensitivity is measured: strong enough to rise above rounding noise of
 #: the forward pass, weak enough for KL to stay proportional to squared error.
 PROBE = Scheme(3, 64)
-#: Share of the mean gate mass that every expert gets on top of its own, so that one that calibration text hardly used
-#: is not treated as worthless on other text.
-PRIOR_MASS = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
     probes = {layer: index % len(sources) for index, layer in enumerate(sorted(moe))}
     lanes = {layer: len(sources) + index for index, layer in enumerate(sorted(moe))}
     size = max(1, min(calibration.micro_batch, len(calibration.ids) // len(moe)))
+    tries = tried_layers(moe)
     seam_on(opened)
     with bfloat16_products(opened.stored_dtype), Walk(opened, [*sources, *(sources[lane][:size] for lane in probes.values())]) as walk:
         start = walk.restore(work)
@@ -80,7 +79,7 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
             outputs: list[Any] = [None] * len(walk.waiting)
             if layer in moe:
                 capture, clean = _capture(walk, moe[layer], calibration, outputs, probes[layer])
-                statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings)
+                statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings, TRIED if layer in tries else 0)
                 clean = clean[: walk.batches[lanes[layer]].numel()]
                 write_shard(work / f"layer-{layer:04d}.safetensors", statistics)
             else:
@@ -100,10 +99,11 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
                 walk.hand_on(outputs, work)
             else:
                 divergence = _divergences(walk, outputs, probes, lanes)
-    layers = {}
-    for layer in sorted(moe):
-        saved = load_file(work / f"layer-{layer:04d}.safetensors")
-        tokens = int(calibration.mask.sum())
+    layers, tokens = {}, int(calibration.mask.sum())
+    saved_layers = {layer: load_file(work / f"layer-{layer:04d}.safetensors") for layer in sorted(moe)}
+    factors = correction([saved.pop("tried") for saved in saved_layers.values()])
+    for layer, saved in saved_layers.items():
+        saved["harm"] *= factors
         layers[layer] = LayerStatistics(**saved, tokens=tokens, sensitivity=divergence[layer] / max(energy[layer], 1e-30))
     layers = _smooth(layers)
     return Statistics([s.name for s in schemes], list(moe[min(moe)].layout.projections), layers,
@@ -141,22 +141,26 @@ def _capture(walk: Walk, moe: MoELayer, calibration: Calibration, outputs: list[
 
 
 def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Calibration, schemes: list[Scheme],
-             settings: Settings) -> dict[str, torch.Tensor]:  # fmt: skip
+             settings: Settings, trials: int) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Statistics of a layer. ``trials``: experts whose predicted errors are compared with measured ones."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     routed = route(capture, layout.experts)
     gate_sum, gate_square = routed.sums(routed.gate), routed.sums(routed.gate.double().square())
     harm = torch.zeros(layout.experts, len(layout.projections), len(schemes), dtype=torch.float64)
+    chosen, ratios = sampled(routed, trials), [harm.new_zeros(0, *harm.shape[1:])]
     chunk = chunk_size(layout, calibration.workspace_bytes)
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, sensitivity=True):
         names = [f"{moe.module}.{e}" for e in moments.experts]
         # An expert without a usable Hessian is an error when it is compressed; here its prediction is merely worse.
         inputs = {name: study(h, names, replace(settings, allow_fallback=True), schemes) for name, h in moments.hessians.items()}
-        mass = gate_square[moments.experts] + PRIOR_MASS * gate_square.mean()
-        for p, projection in enumerate(layout.projections):
-            error = expected_error(moments.weights[projection], inputs[moments.source(projection)],
-                                   moments.row_weight[projection], schemes, settings)  # fmt: skip
-            harm[moments.experts, p] = error * mass[:, None]
-    return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm}
+        mass = gate_mass(gate_square)[moments.experts]
+        expected = {name: expected_error(moments.weights[name], inputs[moments.source(name)], moments.row_weight[name], schemes, settings)
+                    for name in layout.projections}  # fmt: skip
+        for p, name in enumerate(layout.projections):
+            harm[moments.experts, p] = expected[name] * mass[:, None]
+        for position in [i for i, expert in enumerate(moments.experts) if expert in chosen]:
+            ratios.append(tried(experts, layout, moments, position, inputs, capture.hidden, routed, expected, schemes, settings))
+    return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm, "tried": torch.cat(ratios)}
 
 
 def _perturb(walk: Walk, moe: MoELayer, lane: int, clean: torch.Tensor) -> tuple[Any, float]:

@@ -14,6 +14,14 @@ from moecompress.model.checkpoint import write_shard, write_text
 
 #: An expert is called thinly covered below this many tokens per input channel of its widest matrix.
 THIN = 1.0
+#: Share of the mean gate mass that every expert gets on top of its own, so that one that calibration text hardly used
+#: is not treated as worthless on other text.
+PRIOR_MASS = 0.05
+
+
+def gate_mass(gate_square: torch.Tensor) -> torch.Tensor:
+    """What the error of an expert weighs: [E], Σ g² and a little of the mean."""
+    return gate_square + PRIOR_MASS * gate_square.mean()
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class LayerStatistics:
     counts: int64 [E] tokens. gate_sum, gate_square: float64 [E], Σ g and Σ g². harm: float64 [E, P, C], expected squared
     error of the layer's expert output, summed over the calibration tokens. tokens: how many tokens the layer saw.
     sensitivity: nats of final KL (summed over tokens) per unit of squared error of the layer's expert output.
+    importance: float64 [E], the same of each expert's part in it, relative to the layer's; None where it was not looked at.
     """
 
     counts: torch.Tensor
@@ -31,6 +40,12 @@ class LayerStatistics:
     harm: torch.Tensor
     tokens: int
     sensitivity: float
+    importance: torch.Tensor | None = None
+
+    @property
+    def unit_error(self) -> torch.Tensor:
+        """[E, P, C] expected squared error of an expert's output per unit of Σ g²."""
+        return self.harm / gate_mass(self.gate_square).clamp_min(1e-30)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class Statistics:
     layers: dict[int, LayerStatistics]
     fingerprint: str
     text: str
+    harm: str = "forward"  # where sensitivities come from
 
     def unreached(self) -> list[tuple[int, int]]:
         """(layer, expert) pairs that no calibration token chose."""
@@ -57,7 +73,8 @@ class Statistics:
 
     def predicted_harm(self) -> dict[int, torch.Tensor]:
         """Layer -> [E, P, C] predicted KL in nats per token."""
-        return {index: layer.harm * (layer.sensitivity / max(1, layer.tokens)) for index, layer in self.layers.items()}
+        return {index: layer.harm * (layer.sensitivity / max(1, layer.tokens)) * (1.0 if layer.importance is None else layer.importance[:, None, None])
+                for index, layer in self.layers.items()}  # fmt: skip
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +82,11 @@ class Statistics:
         for index, layer in self.layers.items():
             for name in ("counts", "gate_sum", "gate_square", "harm"):
                 tensors[f"{index}.{name}"] = getattr(layer, name)
+            if layer.importance is not None:
+                tensors[f"{index}.importance"] = layer.importance
         write_shard(folder / "statistics.safetensors", tensors)
         record = {"version": 1, "schemes": self.schemes, "projections": self.projections, "fingerprint": self.fingerprint,
-                  "text": self.text, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
+                  "text": self.text, "harm": self.harm, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
                                                 for i, s in self.layers.items()}}  # fmt: skip
         write_text(folder / "statistics.json", json.dumps(record, indent=1))
 
@@ -86,7 +105,9 @@ class Statistics:
             int(index): LayerStatistics(
                 tensors[f"{index}.counts"], tensors[f"{index}.gate_sum"], tensors[f"{index}.gate_square"],
                 tensors[f"{index}.harm"], values["tokens"], values["sensitivity"],
+                tensors.get(f"{index}.importance"),
             )
             for index, values in record["layers"].items()
         }  # fmt: skip
-        return Statistics(record["schemes"], record["projections"], layers, record["fingerprint"], record["text"])
+        return Statistics(record["schemes"], record["projections"], layers, record["fingerprint"], record["text"],
+                          record.get("harm", "forward"))  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Overrides, RecipeFile, Text, Trust, print_json
+from moecompress.cli.common import HarmFrom, Json, Model, Overrides, RecipeFile, Text, Trust, print_json
 
 
 def command(
@@ -15,6 +15,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the statistics.")],
     text: Text = None,
     recipe: RecipeFile = None,
+    harm: HarmFrom = None,
     overrides: Overrides = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -33,7 +34,7 @@ def command(
     from moecompress.cli.common import recipe_of, refuse_steps
 
     pipeline.refuse_target(output)
-    made = recipe_of(recipe, text=text, overrides=overrides)
+    made = recipe_of(recipe, text=text, overrides=overrides, harm=harm)
     refuse_steps(made, "calibrate")
     job = pipeline.make_job(model, made, trust_remote_code)
     work = pipeline.work_folder(output)

@@ -34,6 +34,11 @@ Granularity = Annotated[
     str | None,
     typer.Option("--granularity", help="expert, projection or layer: what may differ, for the runtime you target."),
 ]
+HarmFrom = Annotated[
+    str | None,
+    typer.Option("--harm", help="Where sensitivities come from: forward (default, one layer in memory at a time), or gradient: squared "
+                 "gradients through the whole model, which must fit into memory."),
+]  # fmt: skip
 Resume = Annotated[
     bool,
     typer.Option(
@@ -53,7 +58,7 @@ Trust = Annotated[
 
 
 def recipe_of(path: Path | None, size: str | None = None, bits: float | None = None, text: str | None = None,
-              granularity: str | None = None, overrides: list[str] | None = None) -> Recipe:  # fmt: skip
+              granularity: str | None = None, overrides: list[str] | None = None, harm: str | None = None) -> Recipe:  # fmt: skip
     """The recipe file (or the defaults) with what the command line says on top."""
     from moecompress.recipe import load_recipe, recipe_from
 
@@ -68,6 +73,8 @@ def recipe_of(path: Path | None, size: str | None = None, bits: float | None = N
         changes.append(f"calibration.text={json.dumps(text)}")
     if granularity is not None:
         changes.append(f"allocate.granularity={granularity}")
+    if harm is not None:
+        changes.append(f"allocate.harm={harm}")
     return load_recipe(path, changes) if path is not None else recipe_from(changes)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from moecompress.cli.common import (
     Granularity,
+    HarmFrom,
     Json,
     Overrides,
     RecipeFile,
@@ -30,6 +31,7 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as JSON.")] = None,
     allocator: Annotated[str | None, typer.Option("--allocator", help="global, pmq (MC-MoE) or uniform.")] = None,
     granularity: Granularity = None,
+    harm: HarmFrom = None,
     text: Text = None,
     recipe: RecipeFile = None,
     overrides: Overrides = None,
@@ -83,7 +85,7 @@ def command(
         changes.append(f"allocate.layer_bits={layer_bits}")
     if allocator == "pmq":
         changes += [f"allocate.alpha={alpha}", f"allocate.beta={beta}", f"allocate.gamma={gamma}"]
-    made_recipe = recipe_of(recipe, target_size, target_bits, text, granularity, changes)
+    made_recipe = recipe_of(recipe, target_size, target_bits, text, granularity, changes, harm)
     refuse_steps(made_recipe, "plan")
     job = pipeline.make_job(model, made_recipe, trust_remote_code)
     if stats is not None:
@@ -92,6 +94,9 @@ def command(
         if statistics.schemes != wanted:
             raise UserError("The statistics were made for other candidates", expected=wanted, got=statistics.schemes,
                             remedy="calibrate again with this recipe")  # fmt: skip
+        if harm is not None and statistics.harm != harm:
+            raise UserError("The statistics have other sensitivities", expected=f"those of --harm {harm}", got=statistics.harm,
+                            remedy="calibrate again with --harm, or leave it out here")  # fmt: skip
     else:
         import tempfile
 

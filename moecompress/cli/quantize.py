@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from moecompress.cli.common import (
     Granularity,
+    HarmFrom,
     Json,
     Model,
     Overrides,
@@ -24,6 +26,12 @@ from moecompress.cli.common import (
 from moecompress.cli.prune import print_steps
 
 
+class Repair(StrEnum):
+    """What --repair may train."""
+
+    router = "router"
+
+
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The compressed folder; must not exist or be empty.")],
@@ -32,10 +40,16 @@ def command(
     recipe: RecipeFile = None,
     text: Text = None,
     granularity: Granularity = None,
+    harm: HarmFrom = None,
     overrides: Overrides = None,
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Round an expert to nearest when its Hessian fails, and say so.")
     ] = False,
+    repair: Annotated[
+        Repair | None,
+        typer.Option("--repair", help="router: train the routers' weights on the calibration text to follow the original again, and keep "
+                     "them if that helps on held-out text. Needs memory for the whole packed model, disk for a hidden state of every token."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     resume: Resume = True,
     trust_remote_code: Trust = False,
@@ -58,14 +72,17 @@ def command(
         moecompress quantize ./model -o out --recipe recipes/small-2bit.yaml --set quantize.hessian=g --dry-run
 
         moecompress quantize ./model -o out --recipe recipes/reap.yaml --target-size 8GB
+
+        moecompress quantize ./model -o out --target-bits 2 --repair router --set repair.steps=200
     """
     from moecompress import pipeline
     from moecompress.cli.common import recipe_of
 
-    changes = [*(overrides or []), *(["quantize.allow_fallback=true"] if allow_fallback else [])]
+    changes = [*(overrides or []), *(["quantize.allow_fallback=true"] if allow_fallback else []),
+               *(["repair.router=true"] if repair else [])]  # fmt: skip
     pipeline.refuse_target(output)
     job = pipeline.make_job(
-        model, recipe_of(recipe, target_size, target_bits, text, granularity, changes), trust_remote_code
+        model, recipe_of(recipe, target_size, target_bits, text, granularity, changes, harm), trust_remote_code
     )
     result = pipeline.quantize(job, output, fresh=not resume, dry_run=dry_run)
     record = summary(result)
@@ -85,7 +102,9 @@ def summary(result) -> dict:
         "measured": result.measured,
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in result.statistics.unreached()],
     }
-    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "routing", "dictionary"):
+    found = manifest.get("prediction")
+    record["prediction"] = None if found is None else {key: value for key, value in found.items() if key != "units"} | {"units": len(found["units"])}
+    for key in ("bits_per_weight", "total_bytes", "input_bytes", "fallbacks", "steps", "repair", "routing", "dictionary"):
         record[key] = manifest.get(key)
     return record
 
@@ -123,10 +142,20 @@ def _print(result, record: dict) -> None:
     if record["dictionary"]:
         words = record["dictionary"]
         console.print(f"dictionary code: {words['stored_bits']:.3f} bits a weight beside its levels, {words['entropy_bits']:.3f} at the entropy of its trits")
+    if record["repair"]:
+        repair = record["repair"]
+        before, after = (repair[key]["kl_mean"] for key in ("before", "after"))
+        best = min([row["kl_mean"] for row in repair["history"]], default=before)
+        console.print(f"routers repaired in {repair['steps']} steps: KL {before:.5f} → {after:.5f} nats" if repair["kept"] else
+                      f"routers not repaired: {repair['steps']} steps never brought KL below {before:.5f} nats (best {best:.5f}); they are as before")
     if record["routing"]:
         skips, after = record["routing"], record["routing"]["after"]
         console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "
                       f"the original, perplexity {after['perplexity']:.3f}")  # fmt: skip
+    if record["prediction"] and record["prediction"]["off"]:
+        ratios = ", ".join(f"{scheme} {record['prediction']['ratio'][scheme]:.2f}" for scheme in record["prediction"]["off"])
+        console.print(f"[yellow]predicted errors are off[/yellow] (median of measured ÷ predicted over {record['prediction']['units']} "
+                      f"matrices): {ratios}; `moecompress report` shows them")  # fmt: skip
     if record["fallbacks"]:
         console.print(
             f"[yellow]rounded to nearest because their Hessian failed:[/yellow] {', '.join(record['fallbacks'])}"

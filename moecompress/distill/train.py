@@ -98,7 +98,7 @@ class Teacher:
 
 
 def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype], needed: Sequence[str], ids: torch.Tensor,
-          heldout: torch.Tensor, settings: Settings, folder: Path) -> Run:  # fmt: skip
+          heldout: torch.Tensor, settings: Settings, folder: Path, label: str = "distill") -> Run:  # fmt: skip
     """Train the parameters named in ``dtypes`` on ids [N, L]; the best weights on ``heldout`` [M, L] are kept in ``folder``.
 
     dtypes: on disk, by parameter. needed: of these, the ones that must get a gradient. A run that ``folder`` holds is continued.
@@ -120,7 +120,7 @@ def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype]
         save(folder, run, weights, optimizer)
     asked = Teacher(teacher, ids, settings.top_logits)
     losses: list[float] = []
-    with share_done("distill") as show:
+    with share_done(label) as show:
         while (done := settings.done(run)) < 1:
             rows = sequences_of(run.step, settings.batch * settings.accumulate, len(ids), settings.seed)
             losses.append(_backward(student, asked, rows, settings, done, accelerator))

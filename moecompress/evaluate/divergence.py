@@ -74,7 +74,7 @@ def trace(opened: OpenModel, batches: Sequence[torch.Tensor], label: str = "orig
         return forward(x)
 
     for _, tail in _walk(opened, batches, chosen, label):
-        with _head(opened, keep):
+        with head_replaced(opened.model, keep):
             tail()
     return Trace(hidden, chosen, _experts(opened))
 
@@ -88,7 +88,7 @@ def compare(
     parts = []
     for lane, tail in _walk(opened, batches, chosen, label):
         original = reference.hidden[lane]
-        with _head(opened, lambda x, forward, original=original: forward(torch.cat([x, original.to(x.dtype)]))):
+        with head_replaced(opened.model, lambda x, forward, original=original: forward(torch.cat([x, original.to(x.dtype)]))):
             logits = tail()
         compressed, uncompressed = logits.chunk(2)
         parts.append(token_divergence(compressed, uncompressed, batches[lane]))
@@ -145,9 +145,9 @@ def _walk(opened: OpenModel, batches: Sequence[torch.Tensor], chosen: dict[int, 
 
 
 @contextmanager
-def _head(opened: OpenModel, forward) -> Iterator[None]:
+def head_replaced(model: Any, forward) -> Iterator[None]:
     """Let ``forward(x, the head's own forward)`` stand in for the head."""
-    head = opened.model.get_output_embeddings()
+    head = model.get_output_embeddings()
     own = type(head).forward
     head.forward = lambda x, *a, **k: forward(x, lambda y: own(head, y, *a, **k))
     try:

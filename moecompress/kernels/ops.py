@@ -101,7 +101,7 @@ def multiply(x: Tensor, slots: Tensor, bank: IntBank) -> Tensor:
     """As `grouped_matmul`, for operands that are checked already."""
     if bank.codes.device.type == "cpu" and _native_ready():
         return _on_cpu(x, slots, bank)
-    if gpu.ready(codes.device):
+    if gpu.ready(bank.codes.device):
         from moecompress.kernels.triton import integers
 
         return integers.matmul(x, slots, bank)

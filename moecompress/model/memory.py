@@ -15,8 +15,13 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 #: Size of a decoder layer from which memory matters more than the time to zero pages.
@@ -57,6 +62,26 @@ def forget(tensor: torch.Tensor) -> None:
     last = (tensor.data_ptr() + tensor.nbytes) // page * page
     if call is not None and tensor.device.type == "cpu" and tensor.is_contiguous() and last > first:
         call(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let a backward pass run each layer again instead of keeping what is inside: one layer's activations at a time."""
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = _again(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _again(forward: Callable) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
 
 
 def _glibc(name: str):

@@ -32,14 +32,19 @@ def content(records: Records) -> dict[str, Any]:
         "errors": plots.errors(errors_by_layer(manifest, records.statistics.projections), records.statistics, router),
         "size": plots.size_against_divergence(points(records)),
     }
+    prediction, repair = manifest.get("prediction"), manifest.get("repair")
+    if prediction and prediction["units"]:
+        pictures["prediction"] = plots.prediction(prediction["units"])
     return {
         "name": records.name,
         "manifest": manifest,
         "plan": records.plan,
         "recipe": records.recipe,
-        "chosen": heldout[manifest["chosen"]],
+        "chosen": repair["after"] if repair and repair["kept"] else heldout[manifest["chosen"]],
         "measured": measured,
         "steps": [step | {"worst": worst_layer(step)} for step in manifest.get("steps", [])],
+        "prediction": prediction,
+        "repair": repair,
         "routing": manifest.get("routing"),
         "difference": heldout.get("plan_minus_uniform"),
         "sizes": {"plan": manifest["total_bytes"], "uniform": uniform_total(records)},

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moecompress.allocate.plan import Plan
+from moecompress.calibrate.prediction import RANGE
 from moecompress.calibrate.statistics import Statistics
 
 WIDTH = 9.6  # inches
@@ -149,6 +150,32 @@ def size_against_divergence(points: Sequence[Mapping[str, Any]]) -> str:
         axes.grid(color="#e3e7eb", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.legend(frameon=False, fontsize=8, loc="upper right")
+        return _svg(figure)
+
+
+def prediction(units: Mapping[str, Mapping[str, Any]]) -> str:
+    """Scatter of predicted against measured output errors of single matrices, coloured by scheme, shaped by projection.
+
+    ``units``: unit -> scheme, predicted, measured. Around the diagonal: the range that counts as well predicted.
+    """
+    schemes = sorted({row["scheme"] for row in units.values()})
+    colours = dict(zip(schemes, _blues(len(schemes)) if len(schemes) > len(COLORS) else COLORS, strict=False))
+    marks = dict(zip(dict.fromkeys(_place(unit)[2] for unit in units), "osD", strict=False))
+    low, high = (pick(max(row[key], 1e-30) for row in units.values() for key in ("predicted", "measured")) for pick in (min, max))
+    ends = np.array([low / 1.5, high * 1.5])
+    with rc_context(STYLE):
+        figure = Figure((WIDTH, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.fill_between(ends, RANGE[0] * ends, RANGE[1] * ends, color="#e3e7eb", linewidth=0)
+        axes.plot(ends, ends, color=GREY, linewidth=0.8)
+        for scheme in schemes:
+            for projection, mark in marks.items():
+                rows = [row for unit, row in units.items() if row["scheme"] == scheme and _place(unit)[2] == projection]
+                axes.plot([row["predicted"] for row in rows], [max(row["measured"], 1e-30) for row in rows], mark, color=colours[scheme],
+                          markersize=4, alpha=0.75, label=f"{scheme}, {projection}" if rows else None)  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="predicted squared error of the expert's output",
+                 ylabel="measured")  # fmt: skip
+        axes.legend(frameon=False, fontsize=7, ncols=1 + len(schemes) // 5, loc="upper left", bbox_to_anchor=(1, 1))
         return _svg(figure)
 
 

@@ -138,6 +138,8 @@ def points(records: Records) -> list[dict[str, Any]]:
     for label, size in sizes.items():
         if label in manifest["heldout"]:
             row = manifest["heldout"][label]
+            repair = manifest.get("repair") if label == manifest["chosen"] else None
+            row = repair["after"] if repair and repair["kept"] else row
             result.append({"label": f"{label}, held-out calibration text", "kind": label, "bytes": size,
                            "kl": row["kl_mean"], "interval": row["kl_interval_95"]})  # fmt: skip
     for row in records.evaluations:

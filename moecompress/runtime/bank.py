@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from moecompress.kernels import dequantize as kernel_dequantize
 from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul, vector_matmul
 from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.crowd import by_matrix
@@ -16,6 +18,9 @@ from moecompress.pack import dictionary, low_rank, nested, outliers, ternary, tr
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
 from moecompress.pack.scheme import DICTIONARY, LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
+
+#: Matrices that a backward pass unpacks at a time hold at most so many weights, or are one.
+UNPACKED = 1 << 24
 
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -41,6 +46,16 @@ class PackedBank(nn.Module):
         """x [S, cols], slots [S] (which matrix, −1 for none) -> [S, rows], zero rows for −1."""
         raise NotImplementedError
 
+    def product(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """`matmul`, with a gradient for x where one is asked for: the weights are constants."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, slots, self)
+        return self.matmul(x, slots)
+
+    def unpacked(self, slots: torch.Tensor) -> torch.Tensor:
+        """The matrices ``slots`` [s] as `matmul` multiplies with them, float32 [s, rows, cols]."""
+        return self.dequantized(torch.float32)[slots]
+
     def check(self) -> None:
         """UserError if a tensor of a file says what the format cannot; shapes are right already."""
 
@@ -56,6 +71,9 @@ class IntegerBank(PackedBank):
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return grouped_matmul(x, slots, self.bank())
 
+    def unpacked(self, slots: torch.Tensor) -> torch.Tensor:
+        return kernel_dequantize(self.bank(), torch.float32, slots)
+
 
 class IntegersWithOutliers(IntegerBank):
     def with_outliers(self) -> outliers.OutlierBank:
@@ -66,6 +84,9 @@ class IntegersWithOutliers(IntegerBank):
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return outlier_matmul.matmul(x, slots, self.with_outliers())
+
+    def unpacked(self, slots: torch.Tensor) -> torch.Tensor:
+        return PackedBank.unpacked(self, slots)  # that of plain integers would leave the outliers out
 
     def check(self) -> None:
         outliers.check(self.with_outliers())
@@ -110,6 +131,9 @@ class DenseBank(PackedBank):
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return grouped_dense(x, slots, self.weight)
 
+    def unpacked(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.weight[slots].float()
+
 
 class LowRank(PackedBank):
     def bank(self) -> low_rank.LowRankBank:
@@ -144,6 +168,9 @@ class TrellisBank(PackedBank):
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return trellis_matmul.matmul(x, slots, self.bank())
 
+    def unpacked(self, slots: torch.Tensor) -> torch.Tensor:
+        return trellis_matmul.dequantized(self.bank(), torch.float32, slots)
+
 
 class FewValues(PackedBank):
     """Rows of three values or two."""
@@ -160,6 +187,9 @@ class FewValues(PackedBank):
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return ternary_matmul.matmul(x, slots, self.bank())
+
+    def unpacked(self, slots: torch.Tensor) -> torch.Tensor:
+        return ternary_matmul.dequantize(self.bank(), torch.float32, slots)
 
 
 class Vectors(PackedBank):
@@ -236,12 +266,51 @@ def unused_planes(scheme: Scheme, load_bits: int) -> list[str]:
 
 def turn(x: torch.Tensor, seed: int) -> torch.Tensor:
     """What banks that ``turn`` take: the last dimension of x rotated, float32."""
-    return rotate(x, _signs(x.shape[-1], seed, x.device))
+    sign = _signs(x.shape[-1], seed, x.device)
+    return _Turn.apply(x, sign, False) if torch.is_grad_enabled() and x.requires_grad else rotate(x, sign)
 
 
 def turn_back(y: torch.Tensor, seed: int) -> torch.Tensor:
     """The inverse, for what they give."""
-    return unrotate(y, _signs(y.shape[-1], seed, y.device))
+    sign = _signs(y.shape[-1], seed, y.device)
+    return _Turn.apply(y, sign, True) if torch.is_grad_enabled() and y.requires_grad else unrotate(y, sign)
+
+
+class _Product(torch.autograd.Function):
+    """Backward: what row s of x gets is its row of the gradient times the matrix of its slot, a few matrices at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slots: torch.Tensor, bank: PackedBank) -> torch.Tensor:
+        ctx.save_for_backward(slots)
+        ctx.bank, ctx.dtype = bank, x.dtype
+        return bank.matmul(x, slots)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slots,), bank = ctx.saved_tensors, ctx.bank
+        result = gradient.new_zeros(len(slots), bank.cols, dtype=ctx.dtype)
+        used = slots[slots >= 0].unique()
+        for some in used.split(max(1, UNPACKED // (bank.rows * bank.cols))):
+            for slot, matrix in zip(some, bank.unpacked(some.long()), strict=True):
+                rows = (slots == slot).nonzero().squeeze(1)
+                result[rows] = (gradient[rows].float() @ matrix).to(ctx.dtype)
+        return result, None, None
+
+
+class _Turn(torch.autograd.Function):
+    """Rotations are orthogonal: backward is the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sign: torch.Tensor, undo: bool) -> torch.Tensor:
+        ctx.save_for_backward(sign)
+        ctx.undo, ctx.dtype = undo, x.dtype
+        return unrotate(x, sign) if undo else rotate(x, sign)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (sign,) = ctx.saved_tensors
+        back = rotate(gradient, sign) if ctx.undo else unrotate(gradient, sign)
+        return back.to(ctx.dtype), None, None
 
 
 @cache

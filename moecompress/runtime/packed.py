@@ -74,7 +74,7 @@ class PackedExperts(nn.Module):
         """x [S, in], expert [S] -> [S, out], each row by its expert's matrix. ``turned``: x rotated, where any bank turns."""
         straight = back = None
         for name, bank in self.banks(projection).items():
-            part = bank.matmul(turned if bank.turns else x, self.slot_table(projection, name, x.device)[expert])
+            part = bank.product(turned if bank.turns else x, self.slot_table(projection, name, x.device)[expert])
             if bank.turns:
                 back = part if back is None else back + part
             else:
@@ -129,8 +129,8 @@ class PackedExperts(nn.Module):
             if slot >= 0:
                 slots = torch.full((len(x),), slot, dtype=torch.int32, device=x.device)
                 if not bank.turns:
-                    return bank.matmul(x, slots)
-                return turn_back(bank.matmul(turn(x, self.seed), slots), self.seed).to(x.dtype)
+                    return bank.product(x, slots)
+                return turn_back(bank.product(turn(x, self.seed), slots), self.seed).to(x.dtype)
         raise AssertionError(f"expert {expert} is in no bank of {projection}")
 
 
@@ -147,7 +147,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.in_features)
-        y = self.packed.matmul(flat, torch.zeros(len(flat), dtype=torch.int32, device=x.device))
+        y = self.packed.product(flat, torch.zeros(len(flat), dtype=torch.int32, device=x.device))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)

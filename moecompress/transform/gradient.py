@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import psutil
 import torch
 import torch.nn.functional as F
 
-from moecompress.calibrate.observe import Calibration, seam_on
-from moecompress.errors import UserError
-from moecompress.model.anatomy import IGNORED
-from moecompress.model.skeleton import release
+from moecompress.calibrate.gradient import refuse_large, whole
+from moecompress.calibrate.observe import Calibration
 from moecompress.model.walk import OpenModel
 from moecompress.progress import track
 from moecompress.transform.outputs import canonical
@@ -32,26 +29,21 @@ def scores(opened: OpenModel, calibration: Calibration) -> dict[int, torch.Tenso
 
     Needs the whole model in memory, and the gradients of its experts: raises UserError if they do not fit.
     """
-    _refuse_large(opened, calibration)
+    refuse_large(opened, calibration.micro_batch * calibration.ids.shape[1], opened.dtype.itemsize * opened.anatomy.expert_weights,
+                 "choose --score activation, which needs one layer at a time, or smaller batches (--set compute.micro_batch=1)")  # fmt: skip
     model = opened.model
-    seam_on(opened)
-    opened.load_before()
-    for layer in range(len(opened.layers)):
-        opened.load_layer(layer)
-    opened.load_after()
-    model.requires_grad_(False)
     modules = {layer: model.get_submodule(moe.module) for layer, moe in opened.anatomy.moe.items()}
     total = {layer: torch.zeros(moe.layout.experts, moe.layout.width) for layer, moe in opened.anatomy.moe.items()}
-    for module in modules.values():
-        module.requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     masks = calibration.mask.split(calibration.micro_batch)
-    for ids, mask in track(list(zip(calibration.batches, masks, strict=True)), "gradients"):
-        loss(model(input_ids=ids, use_cache=False).logits[mask], generator).backward()
-        for layer, module in modules.items():
-            total[layer] += _of_neurons(module, opened.anatomy.moe[layer].layout)
-            module.zero_grad()
-    release(model)
+    with whole(opened):
+        for module in modules.values():
+            module.requires_grad_(True)
+        for ids, mask in track(list(zip(calibration.batches, masks, strict=True)), "gradients"):
+            loss(model(input_ids=ids, use_cache=False).logits[mask], generator).backward()
+            for layer, module in modules.items():
+                total[layer] += _of_neurons(module, opened.anatomy.moe[layer].layout)
+                module.zero_grad()
     return total
 
 
@@ -73,17 +65,3 @@ def _of_neurons(module: torch.nn.Module, layout) -> torch.Tensor:
         if name in NEURON_AXIS:
             total += tensor if tensor.ndim == 2 else tensor.sum(3 - NEURON_AXIS[name])
     return total
-
-
-def _refuse_large(opened: OpenModel, calibration: Calibration) -> None:
-    """Weights, the gradients of experts, and the logits of a micro-batch with what the loss makes of them."""
-    item = opened.dtype.itemsize
-    weights = sum(item * torch.Size(t.shape).numel() for t in opened.anatomy.tensors if t.role != IGNORED)
-    tokens = calibration.micro_batch * calibration.ids.shape[1]
-    vocabulary = opened.model.get_output_embeddings().weight.shape[0]
-    needed = weights + item * opened.anatomy.expert_weights + 16 * tokens * vocabulary
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise UserError("The model is too large for gradients", expected=f"about {needed:,} bytes of memory: all weights at once",
-                        got=f"{free:,} bytes free", remedy="choose --score activation, which needs one layer at a time, or smaller "
-                        "batches (--set compute.micro_batch=1)")  # fmt: skip

@@ -74,7 +74,7 @@ def change_manifest(folder: Path, **changes: object) -> None:
 
 def test_nothing_is_fetched(page: Page) -> None:
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert page.tags.count("img") == 4
+    assert page.tags.count("img") == 5
     for address in page.addresses:
         kind, _, data = address.partition(",")
         assert kind == "data:image/svg+xml;base64"
@@ -151,6 +151,26 @@ def test_works_where_nothing_was_compared(copy_of_packed: Path, tmp_path: Path) 
     row = next(iter(heldout.values()))
     change_manifest(copy_of_packed, heldout={"plan": row}, chosen="plan")
     assert "uniform one of the same target" not in write_report(copy_of_packed, output=tmp_path / "a.html").read_text()
+
+
+def test_predictions_are_shown_where_there_are_some(page: Page, packed_tiny: Path, copy_of_packed: Path, tmp_path: Path) -> None:
+    prediction = json.loads((packed_tiny / "moecompress" / "manifest.json").read_text())["prediction"]
+    assert f"rank correlation: {prediction['spearman']:.3f}" in page.words
+    assert all(f"{scheme} {ratio:.2f}" in page.words for scheme, ratio in prediction["ratio"].items())
+    change_manifest(copy_of_packed, prediction=None)  # made by an earlier version
+    assert "Do the predictions hold?" not in write_report(copy_of_packed, output=tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_repair_is_shown_and_its_result_is_what_counts(copy_of_packed: Path, tmp_path: Path, kept: bool) -> None:
+    manifest = json.loads((copy_of_packed / "moecompress" / "manifest.json").read_text())
+    before = manifest["heldout"][manifest["chosen"]]
+    after = before | {"kl_mean": 0.000123} if kept else before
+    change_manifest(copy_of_packed, repair={"steps": 7, "weights": 1536, "before": before, "after": after, "kept": kept})
+    page = Page(write_report(copy_of_packed, output=tmp_path / "r.html").read_text())
+    assert f"KL {after['kl_mean']:.5f}" in page.words
+    assert ("they were kept" in page.words) == kept and ("the routers are as they were" in page.words) != kept
+    assert next(p for p in points(read_records(copy_of_packed)) if p["kind"] == manifest["chosen"])["kl"] == after["kl_mean"]
 
 
 def test_default_place_is_beside_the_folder_and_bytes_repeat(copy_of_packed: Path) -> None:
@@ -243,3 +263,12 @@ def test_bits_of_any_shape(layers: int, experts: int) -> None:
 def test_a_lossless_result_can_be_drawn() -> None:
     point = {"kind": "plan", "label": "plan", "bytes": 10, "kl": 0.0, "interval": [0.0, 0.0]}
     ElementTree.fromstring(plots.size_against_divergence([point]))
+
+
+def test_predictions_of_any_number_of_schemes() -> None:
+    for schemes in (1, 9):
+        units = {f"L00.E{e:03d}.{p}": {"scheme": f"s{e % schemes}", "predicted": 0.1 + e, "measured": 0.0 if e == 3 else 0.2 * e}
+                 for e in range(12) for p in ("up", "down")}  # fmt: skip
+        svg = plots.prediction(units)
+        ElementTree.fromstring(svg)
+        assert all(f"s{number}, down" in svg for number in range(schemes))

@@ -74,6 +74,51 @@ def test_a_layer_may_mix_codes() -> None:
     assert torch.allclose(y, torch.einsum("soi,si->so", dense[expert], x), atol=2e-3 * float(y.abs().max()))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_of_the_input_is_that_of_the_plain_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecompress.runtime.bank.UNPACKED", 2 * 33 * 70)  # more than one batch of matrices
+    torch.manual_seed(2)
+    bank, _ = filled(name, torch.randn(3, 33, 70))
+    dense = bank.dequantized(torch.float32)
+    slots = torch.tensor([2, -1, 0, 2, 1], dtype=torch.int32)
+    x, given = torch.randn(5, 70, requires_grad=True), torch.randn(5, 33)
+    y = turn_back(bank.product(turn(x, SEED), slots), SEED) if bank.turns else bank.product(x, slots)
+    y.backward(given)
+    wanted = torch.stack([g @ dense[s] if s >= 0 else torch.zeros(70) for s, g in zip(slots, given, strict=True)])
+    assert x.grad is not None and torch.allclose(x.grad, wanted, atol=1e-4 * float(wanted.abs().max()))
+    with torch.no_grad():
+        assert not bank.product(turn(x, SEED) if bank.turns else x, slots).requires_grad
+
+
+@pytest.mark.parametrize("tokens", [3, 200])  # pairs at once, or expert by expert
+def test_gradients_reach_input_and_weights_of_a_packed_layer(tokens: int) -> None:
+    torch.manual_seed(3)
+    layout = ExpertsLayout(2, hidden=64, width=32, transposed=False, concatenated=True, gated=True)
+    experts = PackedExperts(layout, {p: {"t2": 1, "b3g32s": 1} for p in ("gate", "up", "down")}, torch.float32, SEED)
+    for projection in experts.contents:
+        for index, name in enumerate(("t2", "b3g32s")):
+            bank, _ = filled(name, torch.randn(1, *layout.shape(projection)) / 8)
+            bank.register_buffer("experts", torch.tensor([index], dtype=torch.int32))
+            experts.banks(projection)[name] = bank
+    module = torch.nn.Module()
+    module._apply_gate = lambda both: torch.nn.functional.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1]
+    chosen = torch.tensor([[0, 1]]).expand(tokens, 2)
+    given = torch.randn(tokens, 64)
+    found = []
+    for packed in (True, False):
+        x, weights = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(4)), torch.full((tokens, 2), 0.4)
+        x.requires_grad_(), weights.requires_grad_()
+        if packed:
+            y = experts.forward_for(module, x, chosen, weights)
+        else:
+            gate, up, down = (experts.dequantized(p, torch.float32) for p in ("gate", "up", "down"))
+            y = sum(weights[:, e, None] * (torch.nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T for e in (0, 1))
+        y.backward(given)
+        found.append((x.grad, weights.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=3e-3 * float(other.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "v1_5", "v2", "ternary", "sign", "d0_8", "b3g64s", "b2g64a_o1", "b4g0s_o0_5", "n4g64s",
                                   "lr250s50", "lr5s0", "b16"])  # fmt: skip
 def test_names_come_back(name: str) -> None:
