@@ -83,9 +83,9 @@ def _kernel(
     total = tl.zeros((ROWS, WORDS), dtype=tl.float32)
     # One word more than a row can have is enough to see that there are too many.
     for first in range(0, tl.minimum(tl.max(end - begin, axis=0), (cols + 1) // 2 + 1), WORDS):
-        at = tl.where(inside, slot, 0) * room + begin[:, None].to(tl.int64) + first + tl.arange(0, WORDS)[None, :]
+        at = begin[:, None].to(tl.int64) + first + tl.arange(0, WORDS)[None, :]
         mask = there[:, None] & (at < end[:, None])
-        word = tl.load(words + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
+        word = tl.load(words + tl.where(inside, slot, 0) * room + at, mask=mask, other=0).to(tl.int32) & 0xFFFF
         entry = tl.load(book + word, mask=mask, other=0)
         length = ((entry >> 56) & 15).to(tl.int32)  # 0 where there is no word
         start = done[:, None] + tl.cumsum(length, axis=1) - length
