@@ -148,6 +148,17 @@ def test_a_dictionary_of_the_right_rate_is_the_better_one():
         dictionary.dictionary(dictionary.fit_prices(random_trits(2, 50, zero_rate=zero_rate)))
 
 
+def test_padding_is_never_read():
+    trits = random_trits(3, 5, 257)
+    bank = dictionary.pack(trits, levels(trits), QMOE, room=200)
+    assert bank.words.shape == (3, 200) and not bank.words[:, int(bank.ends.max()) :].any()
+    for matrix, words in enumerate(bank.words):
+        words.view(torch.int16)[int(bank.ends[matrix, -1]) :] = -1
+    assert torch.equal(dictionary.decode(bank), trits)
+    with pytest.raises(ValueError, match="room for"):
+        dictionary.pack(trits, levels(trits), QMOE, room=int(bank.ends.max()) - 1)
+
+
 def damaged_banks(bank: dictionary.DictionaryBank):
     yield replace(bank, words=bank.words[1:])
     yield replace(bank, words=bank.words[0])
