@@ -26,7 +26,7 @@ MODEL = Annotated[
 OUTPUT = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")]
 METHOD = Annotated[str, typer.Option(help="cmoe: split the neurons into experts. mote: keep the block, add copies of it to train.")]
 EXPERTS = Annotated[int | None, typer.Option(help="Routed experts of a layer. Default: 16, with mote 4.")]
-WEIGHT = Annotated[float | None, typer.Option(help="mote: combine weight that a chosen expert starts with. Default: 0.05.")]
+WEIGHT = Annotated[float | None, typer.Option(help="mote: combine weight that a chosen expert starts with. Default: 0.3.")]
 TOP_K = Annotated[int | None, typer.Option(help="Experts that compute for a token. Default: 75 % of the neurons.")]
 SHARED = Annotated[int | None, typer.Option(help="Neurons that compute for every token. Default: about a third.")]
 TEXT = Annotated[

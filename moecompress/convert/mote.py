@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from moecompress.convert.dense import Shape, check_dense, moe_config, save_moe
 from moecompress.errors import UserError
 
-#: Combine weight that a chosen expert starts with. Rounded to three values a copy still points where the block does, so this is
-#: about how much longer the block's output becomes.
-WEIGHT = 0.05
+#: Combine weight that a chosen expert starts with. The smaller it is, the closer is the start to the dense model, and the slower
+#: is the training: on a tiny model of perplexity 16.87, 100 steps went from 16.87 to 16.67 with 0.05, from 16.91 to 16.15 with
+#: 0.3 and from 17.27 to 15.93 with 1.
+WEIGHT = 0.3
 #: Standard deviation of the router's weights: that of a new router in transformers.
 ROUTER_STD = 0.02
 
