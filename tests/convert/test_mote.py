@@ -83,8 +83,8 @@ def test_from_a_dense_model_to_packed_ternary_experts(tokenizer_folder: Path, te
     assert record["heldout"]["perplexity"] < record["before"]["perplexity"]
     ran = moecompress("quantize", out, "-o", packed, "--recipe", RECIPE, "--target-bits", 3, "--set", "calibration.sequences=8", *few)
     assert ran.code == 0, ran.err
-    schemes = {scheme for name, scheme in read_manifest(packed)["schemes"].items() if ".experts" in name}
-    print(schemes)
+    schemes = {scheme for name, scheme in read_manifest(packed)["schemes"].items() if ".experts." in name}
+    assert schemes == {"ternary"}
     assert moecompress("export", packed, "-o", again, "--format", "dense").code == 0
     first, trained, unpacked = (roundtrip.stored(folder) for folder in (start, out, again))
     for name, tensor in trained.items():
