@@ -1,4 +1,4 @@
-"""``moecompress convert``: a dense model → a Mixture-of-Experts checkpoint, without training."""
+"""``moecompress convert``: a dense model → a Mixture-of-Experts checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ MODEL = Annotated[
     str, typer.Argument(help="Folder or hub id of a dense llama, mistral, qwen2 or qwen3 model; or `smollm2`, fetched.")
 ]
 OUTPUT = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")]
-EXPERTS = Annotated[int, typer.Option(help="Routed experts of a layer.")]
+METHOD = Annotated[str, typer.Option(help="cmoe: split the neurons into experts. mote: keep the block, add copies of it to train.")]
+EXPERTS = Annotated[int | None, typer.Option(help="Routed experts of a layer. Default: 16, with mote 4.")]
+WEIGHT = Annotated[float | None, typer.Option(help="mote: combine weight that a chosen expert starts with. Default: 0.3.")]
 TOP_K = Annotated[int | None, typer.Option(help="Experts that compute for a token. Default: 75 % of the neurons.")]
 SHARED = Annotated[int | None, typer.Option(help="Neurons that compute for every token. Default: about a third.")]
 TEXT = Annotated[
@@ -38,53 +40,84 @@ JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 def command(
     model: MODEL,
     output: OUTPUT,
-    experts: EXPERTS = 16,
+    method: METHOD = "cmoe",
+    experts: EXPERTS = None,
     top_k: TOP_K = None,
     shared: SHARED = None,
+    weight: WEIGHT = None,
     text: TEXT = "builtin",
     sequences: SEQUENCES = 32,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
-    """Turn a dense model into a Mixture of Experts, without training.
+    """Turn a dense model into a Mixture of Experts.
 
-    Each feed-forward layer becomes a shared part and experts of neurons that fire together, with a fitted router. The
-    result is an ordinary transformers checkpoint (glm4_moe, bfloat16). All weights are kept: it computes less for a
-    token, and it is a Mixture of Experts to try the other commands on.
+    cmoe, without training: each feed-forward layer becomes a shared part and experts of neurons that fire together, with a fitted
+    router. All weights are kept: it computes less for a token, and it is a Mixture of Experts to try the other commands on.
+
+    mote, before training: each feed-forward layer becomes the shared expert, and copies of it routed experts of a small weight,
+    one of them active. Train these with `distill --train experts+router --qat ternary` and quantize the result (recipes/mote.yaml).
+
+    The result is an ordinary transformers checkpoint (glm4_moe, bfloat16).
 
     Examples:
 
     `moecompress convert smollm2 -o demo-moe`
 
     `moecompress convert ./dense -o ./moe --experts 8 --top-k 5 --shared 512 --text corpus.txt`
+
+    `moecompress convert ./dense -o ./upcycled --method mote --experts 4`
     """
+    refuse_unused(method, {"--top-k": top_k, "--shared": shared}, {"--weight": weight})
     refuse_existing(output)
+    started = time.monotonic()
+    dense, tokenizer = load_dense(model)
+
+    def convert(folder: Path) -> dict[str, Any]:
+        if method == "mote":
+            from moecompress.convert.mote import WEIGHT, upcycle
+
+            return upcycle(dense, folder, tokenizer, experts=experts or 4, weight=WEIGHT if weight is None else weight, seed=seed)
+        return split(dense, folder, tokenizer, experts or 16, top_k, shared, text, sequences, seed) | {"text": text}
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that it appears under its name in one step, complete or not at all.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        unfinished = Path(folder) / "checkpoint"
+        report = convert(unfinished)
+        if output.exists():
+            output.rmdir()  # empty, or it would have been refused
+        os.replace(unfinished, output)
+    report |= {"model": model, "method": method, "output": str(output), "seconds": round(time.monotonic() - started, 1)}
+    if as_json:
+        print(json.dumps(report))
+    else:
+        say(summary(report))
+
+
+def split(dense: PreTrainedModel, folder: Path, tokenizer: Any, experts: int, top_k: int | None, shared: int | None, text: str,
+          sequences: int, seed: int) -> dict[str, Any]:  # fmt: skip
+    """CMoE: see convert_dense."""
     from moecompress.calibrate.data import token_batches
     from moecompress.convert.dense import check_shape, convert_dense, default_shape
 
-    started = time.monotonic()
-    dense, tokenizer = load_dense(model)
     if shared is None or top_k is None:
         usual = default_shape(dense, experts, shared)
         shared = usual.shared if shared is None else shared
         top_k = usual.top_k if top_k is None else top_k
     check_shape(dense, experts, top_k, shared)
     ids = token_batches(tokenizer, text, sequences, LENGTH, seed).ids
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, so that it appears under its name in one step, complete or not at all.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        unfinished = Path(folder) / "checkpoint"
-        report = convert_dense(
-            dense, ids, unfinished, tokenizer, experts=experts, top_k=top_k, shared=shared, seed=seed
-        )
-        if output.exists():
-            output.rmdir()  # empty, or it would have been refused
-        os.replace(unfinished, output)
-    report |= {"model": model, "output": str(output), "text": text, "seconds": round(time.monotonic() - started, 1)}
-    if as_json:
-        print(json.dumps(report))
-    else:
-        say(summary(report))
+    return convert_dense(dense, ids, folder, tokenizer, experts=experts, top_k=top_k, shared=shared, seed=seed)
+
+
+def refuse_unused(method: str, of_cmoe: dict[str, Any], of_mote: dict[str, Any]) -> None:
+    if method not in ("cmoe", "mote"):
+        raise UserError("Unknown method", expected="cmoe or mote", got=method, remedy="pass one of them to --method")
+    others = of_mote if method == "cmoe" else of_cmoe
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise UserError(f"{' and '.join(given)} cannot be given with --method {method}", expected="options of this method",
+                        remedy="leave them out; moecompress convert --help says which are whose")  # fmt: skip
 
 
 def refuse_existing(output: Path) -> None:
@@ -119,6 +152,13 @@ def load_dense(model: str) -> tuple[PreTrainedModel, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
+    if report["method"] == "mote":
+        return (
+            f"{report['output']}: {len(report['layers'])} layers, each the dense block of {report['shared_width']} neurons as shared expert "
+            f"and {report['experts']} copies as routed experts, top-1, of weight {report['weight']:g}\n"
+            f"  to be trained: moecompress distill {report['output']} --teacher {report['model']} -o OUT --train experts+router "
+            f"--qat ternary --cross-entropy 1 --kd-share 0 --balance 0.01 --text TEXT"
+        )
     error = sum(layer["error"] for layer in report["layers"]) / len(report["layers"])
     return (
         f"{report['output']}: {len(report['layers'])} layers, each {report['shared_width']} shared neurons and "

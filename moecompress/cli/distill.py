@@ -18,7 +18,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The new folder; must not exist or be empty.")],
     train: Annotated[
         str,
-        typer.Option("--train", help="experts, router, or all (everything but the embeddings and the head)."),
+        typer.Option("--train", help="experts, router, experts+router, or all (everything but the embeddings and the head)."),
     ] = "all",
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="How many steps to train.")] = None,
     minutes: Annotated[
@@ -33,6 +33,10 @@ def command(
     kd_share: Annotated[
         float, typer.Option("--kd-share", min=0, max=1, help="Share of the run after which the teacher is left out.")
     ] = 1.0,
+    qat: Annotated[
+        str | None, typer.Option("--qat", help="Train the experts as what quantizing makes of them: ternary, sign, 2, 3, 4 or e.g. b3g128s.")
+    ] = None,
+    balance: Annotated[float, typer.Option("--balance", min=0, help="Weight of a loss that keeps all experts in use.")] = 0.0,
     rate: Annotated[float, typer.Option("--rate", min=0, help="Highest learning rate.")] = 1e-4,
     warmup: Annotated[float, typer.Option("--warmup", min=0, max=0.9, help="Share of the run in which it rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0, help="AdamW's weight decay.")] = 0.0,
@@ -62,6 +66,10 @@ def command(
 
     MODEL is the student. Every --check-every steps it is compared with the teacher on text it is never trained on; the best
     weights are written, in files like the student's, and measured again. If none were better, the student comes out unchanged.
+    With --qat the experts are written as rounded values: `quantize` with a candidate of that kind finds them exactly (ternary,
+    sign) or but for the rounding of the checkpoint's numbers (integers). With --kd-share 0 the teacher is only measured against,
+    and the best weights are those of least perplexity.
+
     More text is better: --text should be like the model's use, --sequences as many as it has. Both models must fit into memory.
 
     Examples:
@@ -69,6 +77,8 @@ def command(
         moecompress distill half --teacher ./model -o recovered --text corpus.jsonl --sequences 1000 --minutes 30
 
         moecompress distill half --teacher ./model -o repaired --train router --steps 200 --json
+
+        moecompress distill ./model --teacher ./model -o ternary --train experts --qat ternary --minutes 60
     """
     from moecompress.cli.common import recipe_of
     from moecompress.distill.folder import distill
@@ -80,7 +90,7 @@ def command(
     if steps is None and minutes is None:
         minutes = MINUTES
     settings = Settings(steps, minutes, top_logits, cross_entropy, kd_share, rate, warmup, weight_decay, clip,
-                        made.compute.micro_batch, accumulate, check_every, made.compute.seed)  # fmt: skip
+                        made.compute.micro_batch, accumulate, check_every, made.compute.seed, qat, balance)  # fmt: skip
     record = distill(model, teacher, output, made, settings, train, fresh=not resume, trust_remote_code=trust_remote_code)
     shown = without_tensors(record, output)
     if json_:

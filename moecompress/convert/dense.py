@@ -100,9 +100,7 @@ def convert_dense(
             batch += part.view_as(batch)
         converted.append(layer)
         layers.append({"layer": number, **facts})
-    save_moe(model, converted, shape, out_dir, dtype)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out_dir)
+    save_moe(model, moe_config(model, shape), [moe_tensors(layer, shape, dtype) for layer in converted], out_dir, tokenizer, dtype)
     return {
         "family": "glm4_moe",
         "experts": shape.experts,
@@ -216,17 +214,8 @@ def _after_attention(block: nn.Module, hidden: list[Tensor], arguments: list[dic
 
 def check_shape(model: PreTrainedModel, experts: int, top_k: int, shared: int) -> Shape:
     """The division of every layer, or UserError if the model or the numbers do not allow it."""
+    check_dense(model)
     config = model.config
-    check_family(config)
-    mlp = model.model.layers[0].mlp
-    if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        raise UserError("the feed-forward part is not gated", expected="gate_proj, up_proj and down_proj")
-    biased = [n for n in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")
-              if model.model.layers[0].get_submodule(n).bias is not None]  # fmt: skip
-    if biased:
-        raise UserError("glm4_moe has no place for these biases", got=", ".join(biased))
-    if _sliding(config):
-        raise UserError("glm4_moe has no sliding-window attention", got=f"sliding_window={config.sliding_window}")
     if experts < 2 or not 1 <= top_k <= experts:
         raise UserError("these numbers of experts do not fit", expected="2 or more experts, 1 ≤ top-k ≤ experts",
                         got=f"{experts} experts, top-{top_k}")  # fmt: skip
@@ -240,6 +229,21 @@ def check_shape(model: PreTrainedModel, experts: int, top_k: int, shared: int) -
             remedy=f"with {experts} experts choose --shared from {', '.join(map(str, fitting))}" if fitting else None,
         )
     return Shape(experts, top_k, shared, width)
+
+
+def check_dense(model: PreTrainedModel) -> None:
+    """UserError unless glm4_moe has a place for everything that the model has."""
+    config = model.config
+    check_family(config)
+    mlp = model.model.layers[0].mlp
+    if not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        raise UserError("the feed-forward part is not gated", expected="gate_proj, up_proj and down_proj")
+    biased = [n for n in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")
+              if model.model.layers[0].get_submodule(n).bias is not None]  # fmt: skip
+    if biased:
+        raise UserError("glm4_moe has no place for these biases", got=", ".join(biased))
+    if _sliding(config):
+        raise UserError("glm4_moe has no sliding-window attention", got=f"sliding_window={config.sliding_window}")
 
 
 def check_family(config: Any) -> None:
@@ -280,8 +284,9 @@ def _sliding(config: Any) -> bool:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def moe_config(model: PreTrainedModel, shape: Shape) -> Glm4MoeConfig:
-    """The glm4_moe configuration that keeps everything but the feed-forward part as it is."""
+def moe_config(model: PreTrainedModel, shape: Shape, weight: float = 1.0) -> Glm4MoeConfig:
+    """The glm4_moe configuration that keeps everything but the feed-forward part as it is. ``weight``: a chosen expert's combine
+    weight where its router's logit is zero."""
     config = model.config
     attention = model.model.layers[0].self_attn
     rope = {**config.rope_parameters, "partial_rotary_factor": 1.0}
@@ -306,8 +311,7 @@ def moe_config(model: PreTrainedModel, shape: Shape) -> Glm4MoeConfig:
         n_routed_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
         n_shared_experts=shape.shared // shape.width,
-        # Combine weights: 2 · sigmoid(logit near 0) = 1, whichever experts are chosen.
-        routed_scaling_factor=2.0,
+        routed_scaling_factor=2 * weight,  # sigmoid(0) = 1/2
         norm_topk_prob=False,
         n_group=1,
         topk_group=1,
@@ -319,19 +323,22 @@ def moe_config(model: PreTrainedModel, shape: Shape) -> Glm4MoeConfig:
     )
 
 
-def save_moe(model: PreTrainedModel, layers: list[Layer], shape: Shape, out_dir: Path, dtype: torch.dtype) -> None:
-    """Write the checkpoint: the dense model's tensors, with each feed-forward part replaced."""
+def save_moe(model: PreTrainedModel, config: Glm4MoeConfig, layers: list[dict[str, Tensor]], out_dir: Path, tokenizer: Any,
+             dtype: torch.dtype) -> None:  # fmt: skip
+    """Write the checkpoint: the dense model's tensors, each feed-forward part replaced by the parameters of a Glm4MoeMoE."""
     with torch.device("meta"):
-        moe = Glm4MoeForCausalLM(moe_config(model, shape))
+        moe = Glm4MoeForCausalLM(config)
     state = {name: p.to(dtype) for name, p in model.state_dict().items() if ".mlp." not in name}
     for number, layer in enumerate(layers):
-        state |= {f"model.layers.{number}.mlp.{name}": p for name, p in moe_tensors(layer, shape, dtype).items()}
+        state |= {f"model.layers.{number}.mlp.{name}": p for name, p in layer.items()}
     moe.load_state_dict(state, strict=True, assign=True)
     moe.tie_weights()
     moe.config.dtype = dtype
     if model.generation_config is not None:
         moe.generation_config = model.generation_config
     moe.save_pretrained(out_dir)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out_dir)
 
 
 def moe_tensors(layer: Layer, shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:

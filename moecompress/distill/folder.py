@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moecompress.calibrate.data import split_heldout, token_batches
+from moecompress.distill.qat import scheme_of
 from moecompress.distill.state import Run, best
 from moecompress.distill.train import Settings, make_accelerator, measure, summary, train
 from moecompress.errors import UserError
@@ -33,7 +34,7 @@ from moecompress.progress import notice
 from moecompress.recipe import Recipe
 from moecompress.runtime.loading import is_packed, load, verify_files
 
-#: --train -> roles. "all" leaves the tables of the vocabulary alone: a student and its teacher are compared through one head.
+#: --train -> roles; names may be joined by "+". "all" leaves the tables of the vocabulary alone: a student and its teacher are compared through one head.
 ROLES = {"experts": (EXPERT, EXPERT_BIAS), "router": (ROUTER,), "all": None}
 #: The remedy for a teacher of another kind.
 ITS_ORIGIN = "pass the model that the student was made from as --teacher"
@@ -50,8 +51,7 @@ def distill(student: str, teacher: str, out: Path, recipe: Recipe, settings: Set
     Raises UserError for a packed student, different vocabularies, or parameters that cannot be trained or written.
     """
     refuse_target(out)
-    if what not in ROLES:
-        raise UserError("Unknown part of the model", expected=", ".join(ROLES), got=what, remedy="pass one of them to --train")
+    refuse_parts(what, settings)
     folder, source = resolve(student), resolve(teacher)
     refuse_packed(folder)
     verify_files(folder)
@@ -67,8 +67,10 @@ def distill(student: str, teacher: str, out: Path, recipe: Recipe, settings: Set
     guide = load(source, job.opened.dtype, trust_remote_code)
     refuse_other_tasks(guide)
     run = _train(job, guide, dtypes, settings, work)
-    if run.best is None:
-        notice(f"training never brought the KL on held-out text below {run.before['kl_mean']:.5f}: the result is the student, unchanged")
+    if run.best_step == 0:
+        named = {"kl_mean": "KL", "perplexity": "perplexity"}[settings.judge]
+        notice(f"training never brought the {named} on held-out text below {run.before[settings.judge]:.5f}: the result is the student, "
+               + ("rounded" if settings.qat else "unchanged"))  # fmt: skip
     ready = work / "out"
     fates = write(job.opened, best(work, run), ready)
     measured = _verify(job, guide, ready, run, settings)
@@ -97,7 +99,8 @@ def trained(opened: OpenModel, what: str) -> dict[str, torch.dtype]:
 
     A parameter that is only a part of its tensor on disk stays as it is; UserError if experts or routers are such.
     """
-    roles = ROLES[what]
+    parts = [ROLES[part] for part in what.split("+")]
+    roles = None if None in parts else {role for part in parts for role in part or ()}
     parameters = dict(opened.model.named_parameters())
     infos = [
         info
@@ -106,13 +109,26 @@ def trained(opened: OpenModel, what: str) -> dict[str, torch.dtype]:
         and (info.role in roles if roles is not None else info.role not in (EMBEDDING, HEAD, IGNORED))
     ]
     named = stored_names(opened.loader, opened.model, {info.target: parameters[info.target] for info in infos})
-    parts = [info for info in infos if info.name not in named or named[info.name].shape != info.shape]
-    for info in parts:
+    pieces = [info for info in infos if info.name not in named or named[info.name].shape != info.shape]
+    for info in pieces:
         if info.role in (EXPERT, EXPERT_BIAS, ROUTER):
             raise UserError(f"{info.name} cannot be written as the checkpoint has it", expected="the names and shapes that "
                             "transformers saves this family with", remedy="load the model with transformers and save_pretrained it first")  # fmt: skip
-    kept = {info.target for info in parts}
+    kept = {info.target for info in pieces}
     return {info.target: info.dtype for info in infos if info.target not in kept}
+
+
+def refuse_parts(what: str, settings: Settings) -> None:
+    """UserError for parts of a model that do not exist, or experts that are to be rounded but not trained."""
+    parts = what.split("+")
+    if not set(parts) <= set(ROLES):
+        raise UserError("Unknown part of the model", expected=", ".join(ROLES) + ", or several joined by +", got=what,
+                        remedy="pass one of them to --train")  # fmt: skip
+    if settings.qat is not None:
+        scheme_of(settings.qat)
+        if not {"experts", "all"} & set(parts):
+            raise UserError("Experts cannot be rounded without being trained", expected="experts among the trained parts",
+                            got=f"--train {what}", remedy="pass --train experts+router or --train all, or leave --qat out")  # fmt: skip
 
 
 def needed(anatomy: Anatomy, names: dict[str, torch.dtype]) -> list[str]:
@@ -184,7 +200,8 @@ def _train(job: Job, guide: Any, dtypes: dict[str, torch.dtype], settings: Setti
         raise UserError("Student and teacher have heads of different sizes", expected=model.config.get_text_config().vocab_size,
                         got=guide.config.get_text_config().vocab_size, remedy=ITS_ORIGIN)  # fmt: skip
     used, unseen = split_heldout(job.tokens, job.recipe.calibration.heldout)
-    return train(model, guide, dtypes, needed(job.opened.anatomy, dtypes), used.ids, unseen.ids, settings, work)
+    return train(model, guide, dtypes, needed(job.opened.anatomy, dtypes), used.ids, unseen.ids, settings, work,
+                 job.opened.anatomy)  # fmt: skip
 
 
 def _verify(job: Job, guide: Any, ready: Path, run: Run, settings: Settings) -> dict[str, Any]:

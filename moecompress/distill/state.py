@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moecompress.distill.qat import Rounding
 from moecompress.model.checkpoint import read_entry, read_header, write_shard, write_text
 
 RECORD = "state.json"
@@ -31,12 +32,13 @@ class Run:
 
 class Weights:
     """The trained weights twice: float32 masters, which the optimizer moves, and the model's own parameters, which hold them
-    rounded to the dtype that the checkpoint stores. So training and measuring see what will be written."""
+    rounded to the dtype that the checkpoint stores, and before that to a grid if ``rounding`` is given. So training and
+    measuring see what will be written."""
 
-    def __init__(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]):
+    def __init__(self, model: nn.Module, dtypes: Mapping[str, torch.dtype], rounding: Rounding | None = None):
         """``dtypes``: of the trained parameters, by name, on disk."""
         parameters = dict(model.named_parameters())
-        self.dtypes = dtypes
+        self.dtypes, self.rounding = dtypes, rounding
         self.own = {name: parameters[name] for name in dtypes}
         self.masters = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in self.own.items()}
 
@@ -49,12 +51,16 @@ class Weights:
     @torch.no_grad()
     def put(self) -> None:
         """Round the masters into the model."""
-        for name, parameter in self.own.items():
-            parameter.copy_(self.masters[name].to(self.dtypes[name]))
+        for name, value in self._values():
+            self.own[name].copy_(value.to(self.dtypes[name]))
 
     def stored(self) -> dict[str, torch.Tensor]:
         """What would be written, by parameter."""
-        return {name: master.detach().to(self.dtypes[name]).cpu() for name, master in self.masters.items()}
+        return {name: value.to(self.dtypes[name]).cpu() for name, value in self._values()}
+
+    def _values(self) -> Iterable[tuple[str, torch.Tensor]]:
+        masters = {name: master.detach() for name, master in self.masters.items()}
+        return masters.items() if self.rounding is None else self.rounding(masters)
 
 
 def save(folder: Path, run: Run, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
@@ -91,7 +97,8 @@ def load(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> Ru
 
 
 def best(folder: Path, run: Run) -> dict[str, torch.Tensor]:
-    """The best weights of a run, by parameter, in the dtype of the checkpoint; empty if the student as it came was best."""
+    """The best weights of a run, by parameter, in the dtype of the checkpoint; empty if the student as it came was best.
+    (A student that is trained in rounded form does not come so: then its first state is one of the run.)"""
     if run.best is None:
         return {}
     return {name: read_entry(entry) for name, entry in read_header(_best(folder, run.best_step)).items()}

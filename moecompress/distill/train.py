@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from moecompress.distill.balance import Balance
 from moecompress.distill.loss import cross_entropy, divergence, targets
+from moecompress.distill.qat import Rounding, scheme_of
 from moecompress.distill.state import Run, Weights, load, save
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, token_divergence
+from moecompress.model.anatomy import Anatomy
 from moecompress.progress import share_done
 
 #: Teacher's targets are kept for the next time that their text comes up, up to this many bytes.
@@ -47,6 +50,10 @@ class Settings:
     #: steps between measurements on held-out text; after each the state is saved
     check_every: int = 25
     seed: int = 0
+    #: what experts are rounded to while they are trained (see `qat.scheme_of`); None: nothing
+    qat: str | None = None
+    #: weight of the load-balance loss
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         budgets = [budget for budget in (self.steps, self.minutes) if budget is not None]
@@ -55,6 +62,11 @@ class Settings:
         if self.kd_share < 1 and self.cross_entropy == 0:
             raise UserError("Nothing would be trained on once the distillation term stops", expected="--cross-entropy above 0",
                             got=f"--kd-share {self.kd_share:g} and no cross-entropy", remedy="pass --cross-entropy 1, or leave out --kd-share")  # fmt: skip
+
+    @property
+    def judge(self) -> str:
+        """What the best weights have least of on held-out text: KL to the teacher, unless nothing is learnt from it."""
+        return "kl_mean" if self.kd_share > 0 else "perplexity"
 
     def done(self, run: Run) -> float:
         """Share of the budget that is used up; 1 or more: the end."""
@@ -98,11 +110,13 @@ class Teacher:
 
 
 def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype], needed: Sequence[str], ids: torch.Tensor,
-          heldout: torch.Tensor, settings: Settings, folder: Path, label: str = "distill") -> Run:  # fmt: skip
+          heldout: torch.Tensor, settings: Settings, folder: Path, anatomy: Anatomy | None = None, label: str = "distill"
+          ) -> Run:  # fmt: skip
     """Train the parameters named in ``dtypes`` on ids [N, L]; the best weights on ``heldout`` [M, L] are kept in ``folder``.
 
     dtypes: on disk, by parameter. needed: of these, the ones that must get a gradient. A run that ``folder`` holds is continued.
-    Both models stay in evaluation mode: no dropout, and experts are chosen as they will be.
+    Both models stay in evaluation mode: no dropout, and experts are chosen as they will be. anatomy: of the student, needed to
+    round or balance its experts.
     Raises UserError if the loss is not finite, or no gradient reaches a parameter of ``needed``.
     """
     accelerator = make_accelerator(settings)
@@ -111,19 +125,24 @@ def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype]
     teacher.requires_grad_(False)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in dtypes)
-    weights = Weights(student, dtypes)
+    rounding = Rounding.of(anatomy, scheme_of(settings.qat)) if settings.qat is not None and anatomy is not None else None
+    balance = Balance(student, anatomy) if settings.balance > 0 and anatomy is not None else None
+    weights = Weights(student, dtypes, rounding)
+    weights.put()
     optimizer = torch.optim.AdamW(weights.masters.values(), lr=settings.rate, weight_decay=settings.weight_decay)
     run = load(folder, weights, optimizer)
     started = time.monotonic() - (run.seconds if run is not None else 0.0)
     if run is None:
         run = Run(before=summary(measure(student, teacher, heldout)))
+        if rounding is not None:  # nothing on disk is rounded yet
+            run.best = run.before
         save(folder, run, weights, optimizer)
     asked = Teacher(teacher, ids, settings.top_logits)
     losses: list[float] = []
     with share_done(label) as show:
         while (done := settings.done(run)) < 1:
             rows = sequences_of(run.step, settings.batch * settings.accumulate, len(ids), settings.seed)
-            losses.append(_backward(student, asked, rows, settings, done, accelerator))
+            losses.append(_backward(student, asked, rows, settings, done, accelerator, balance))
             if not math.isfinite(losses[-1]):
                 raise UserError(f"The loss of step {run.step + 1} is not finite", expected="a number", got=losses[-1],
                                 remedy="lower --rate and start over with --fresh, or compute in float32 (--set compute.dtype=float32)")  # fmt: skip
@@ -139,7 +158,7 @@ def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype]
             run.step += 1
             run.seconds = time.monotonic() - started
             if run.step % settings.check_every == 0 or settings.done(run) >= 1:
-                _check(run, student, teacher, heldout, sum(losses) / len(losses))
+                _check(run, measure(student, teacher, heldout), settings.judge, sum(losses) / len(losses))
                 losses.clear()
                 run.seconds = time.monotonic() - started
                 save(folder, run, weights, optimizer)
@@ -159,24 +178,29 @@ def make_accelerator(settings: Settings) -> Any:
 
 
 def _backward(student: nn.Module, teacher: Teacher, rows: Sequence[int], settings: Settings, done: float,
-              accelerator: Any) -> float:  # fmt: skip
+              accelerator: Any, balance: Balance | None) -> float:  # fmt: skip
     """Gradients of a step's loss into the student's parameters; returns the loss."""
     total = 0.0
     for start in range(0, len(rows), settings.batch):
         some = list(rows[start : start + settings.batch])
         ids = teacher.ids[some]
         logits = student(input_ids=ids, use_cache=False).logits
-        loss = objective(logits, ids, *teacher.targets(some), settings, done)
+        known, index = teacher.targets(some) if done < settings.kd_share else (None, None)
+        loss = objective(logits, ids, known, index, settings, done)
+        if balance is not None:
+            loss = loss + settings.balance * balance.take()
         accelerator.backward(loss)  # divides by the number of micro-batches
         total += float(loss.detach()) / settings.accumulate
     return total
 
 
-def objective(logits: torch.Tensor, ids: torch.Tensor, known: torch.Tensor, index: torch.Tensor, settings: Settings,
+def objective(logits: torch.Tensor, ids: torch.Tensor, known: torch.Tensor | None, index: torch.Tensor | None, settings: Settings,
               done: float) -> torch.Tensor:  # fmt: skip
-    """Staged distillation (MoS): [done < kd_share] · mean KL + weight · cross-entropy, in nats."""
+    """Staged distillation (MoS): [done < kd_share] · mean KL + weight · cross-entropy, in nats. known, index: `loss.targets`,
+    not needed behind kd_share."""
     loss = logits.new_zeros((), dtype=torch.float32)
     if done < settings.kd_share:
+        assert known is not None and index is not None
         loss = loss + divergence(logits, known, index).mean()
     if settings.cross_entropy > 0:
         loss = loss + settings.cross_entropy * cross_entropy(logits, ids)
@@ -209,11 +233,11 @@ def summary(found: Divergence) -> dict[str, Any]:
     return {key: value for key, value in found.summary().items() if not key.startswith("router_agreement")}
 
 
-def _check(run: Run, student: nn.Module, teacher: nn.Module, heldout: torch.Tensor, loss: float) -> None:
-    """Measure; remember it if nothing was better."""
-    found = summary(measure(student, teacher, heldout))
-    run.history.append({"step": run.step, "loss": loss, "kl_mean": found["kl_mean"]})
-    if found["kl_mean"] < (run.best or run.before)["kl_mean"]:
+def _check(run: Run, measured: Divergence, judge: str, loss: float) -> None:
+    """Remember what was measured if nothing was better."""
+    found = summary(measured)
+    run.history.append({"step": run.step, "loss": loss, "kl_mean": found["kl_mean"], judge: found[judge]})
+    if found[judge] < (run.best or run.before)[judge]:
         run.best, run.best_step = found, run.step
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -88,7 +89,7 @@ def resolve(model: nn.Module, name: str) -> str:
                     remedy="config.json was changed or belongs to another model: copy the folder again")  # fmt: skip
 
 
-def projections(module: nn.Module, layout: ExpertsLayout) -> dict[str, torch.Tensor]:
+def projections(module: nn.Module | SimpleNamespace, layout: ExpertsLayout) -> dict[str, torch.Tensor]:
     """Views of the module's weights as {gate, up: [E, m, d], down: [E, d, m]}."""
     down = module.down_proj.transpose(1, 2) if layout.transposed else module.down_proj
     if not layout.gated:

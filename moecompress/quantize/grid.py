@@ -43,7 +43,7 @@ class Grid:
     def offsets(self) -> torch.Tensor:
         """float32 zero points, broadcastable to [E, o, G]."""
         middle = (2**self.bits - 1) / 2
-        return torch.full((1, 1, 1), middle) if self.zeros is None else self.zeros.float()
+        return torch.full((1, 1, 1), middle, device=self.row_scales.device) if self.zeros is None else self.zeros.float()
 
     def all_zeros(self) -> torch.Tensor:
         """float32 zero points [E, o, G], written out."""
@@ -90,13 +90,13 @@ def _search(weights: torch.Tensor, importance: torch.Tensor, width: int, bits: i
     h = h + 1e-6 * h.amax(-1, keepdim=True).clamp_min(SMALLEST)
     top = 2**bits - 1
     if symmetric:
-        full, zero = w.abs().amax(-1) / (top / 2), torch.full((1, 1, 1), top / 2)
+        full, zero = w.abs().amax(-1) / (top / 2), w.new_full((1, 1, 1), top / 2)
     else:
         low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
         full = (high - low) / top
         zero = torch.round(-low / full.clamp_min(SMALLEST)).clamp_(0, top)
     full = full.clamp_min(SMALLEST)
-    best = torch.full(full.shape, torch.inf)
+    best = torch.full_like(full, torch.inf)
     scale = full.clone()
     for shrink in SHRINKS.tolist():
         trial = full * shrink

@@ -45,16 +45,17 @@ class Ternary:
 def fit(weights: torch.Tensor, kind: str) -> Levels:
     """Levels of weights [E, o, i].
 
-    absmean: ±mean|W| of the matrix, round to nearest (BitNet b1.58, arXiv:2402.17764; MoTE, arXiv:2506.14435).
+    absmean: ±mean|W| of the matrix, round to nearest (BitNet b1.58, arXiv:2402.17764; MoTE, arXiv:2506.14435). A matrix of
+    one magnitude and zeros is ternary already and keeps that magnitude, so trained ternary experts stay as they are.
     lloyd: each row's own three values {low, 0, high} of least squared error.
     qmoe: the row's minimum, zero, its maximum (arXiv:2310.16795): most weights become zeros, the code gets short.
     sign: ±mean|w| of the row (MC-MoE, arXiv:2410.06270, with a scale a row).
     """
     if kind == "sign":
         scale = weights.abs().mean(-1)
-        return Levels(_stored(torch.stack([-scale, scale], -1)), torch.zeros(*scale.shape, 2))
+        return Levels(_stored(torch.stack([-scale, scale], -1)), scale.new_zeros(*scale.shape, 2))
     if kind == "absmean":
-        scale = weights.abs().mean((1, 2), keepdim=True).expand(-1, weights.shape[1], -1)
+        scale = _absmean(weights).expand(-1, weights.shape[1], -1)
         return _nearest(torch.cat([-scale, scale], -1))
     extremes = torch.stack([weights.amin(-1).clamp_max(0), weights.amax(-1).clamp_min(0)], -1)
     if kind == "qmoe":
@@ -62,6 +63,14 @@ def fit(weights: torch.Tensor, kind: str) -> Levels:
     if kind == "lloyd":
         return _lloyd(weights, extremes)
     raise ValueError(f"no ternary grid is called {kind!r}; there are {', '.join(KINDS)}")
+
+
+def _absmean(weights: torch.Tensor) -> torch.Tensor:
+    """The scale of every matrix, [E, 1, 1]."""
+    size = weights.abs()
+    largest = size.amax((1, 2), keepdim=True)
+    ternary = ((size == 0) | (size == largest)).all(2, keepdim=True).all(1, keepdim=True)
+    return torch.where(ternary, largest, size.mean((1, 2), keepdim=True))
 
 
 def _nearest(values: torch.Tensor) -> Levels:
