@@ -1,24 +1,23 @@
 """How much attention each token receives, seen where its experts are called.
 
-All families of transformers call their attention through one interface, with queries and keys as they are after rotary
-embeddings. `watch` puts a function of ours there, which calls the one that was there before and, in layers that are watched,
-adds up the weights: those that eager attention returns, and for sdpa, which returns none, those of the same queries and keys,
-a block of queries at a time. Layers without such attention (linear ones, state spaces) show nothing.
+All families of transformers ask one registry for the function that computes their attention, and give it queries and keys as
+they are after rotary embeddings. `watch` puts itself before the registry: every function it gives away is called as before, and
+in layers that are watched the weights are added up: those that eager attention returns, and for sdpa, which returns none, those
+of the same queries and keys, a block of queries at a time. Layers without such attention (linear ones, state spaces) and other
+functions (flash attention) show nothing. Registering functions under names of our own would be simpler, but some families ask
+for the names "eager" and "sdpa" before they mask what their sparse attention leaves out.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-#: transformers' implementations that can be watched -> ours around them
-NAMES = {"sdpa": "moecompress_sdpa", "eager": "moecompress_eager"}
 #: Queries whose weights are in memory at once.
 BLOCK = 128
 
@@ -27,13 +26,13 @@ class Received:
     """What the attention of one layer showed last, until the layer's experts take it.
 
     together: [T] mean weight that a token gets from itself and the later queries of this call. alone: [T] from itself, which
-    is all that is known of the newest token.
+    is all that is known of the newest token, times the number of tokens it sees: 1 if it attends to all of them alike.
     """
 
     def __init__(self) -> None:
         self.shown: tuple[torch.Tensor, torch.Tensor, bool] | None = None
 
-    def put(self, weights: Iterable[torch.Tensor], own: torch.Tensor, keys: int) -> None:
+    def put(self, weights: Iterable[torch.Tensor], own: torch.Tensor, keys: int, mask: torch.Tensor | None) -> None:
         """weights: blocks of [B, q, keys], averaged over heads. own: [B, Q] which key is the query's own token."""
         batch, queries = own.shape
         total, alone, begin = own.new_zeros(batch, keys, dtype=torch.float32), [], 0
@@ -42,7 +41,8 @@ class Received:
             alone.append(block.gather(2, own[:, begin : begin + block.shape[1], None]).squeeze(2))
             begin += block.shape[1]
         later = torch.arange(queries, 0, -1, device=own.device)  # queries from a token's own on: itself and those behind it
-        self.shown = ((total.gather(1, own) / later).flatten(), torch.cat(alone, 1).flatten(), queries > 1)
+        sees = own + 1 if mask is None else seen(mask[:, 0, :, :keys]).sum(-1)
+        self.shown = (total.gather(1, own) / later).flatten(), (torch.cat(alone, 1) * sees).flatten(), queries > 1
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
         """(together, alone, whether there was more than one query); None if no attention was computed since."""
@@ -52,24 +52,18 @@ class Received:
 
 def watch(model: nn.Module, experts: Iterable[str]) -> dict[str, Received]:
     """Experts module -> what its decoder layer's attention shows from now on. Undone by `unwatch`."""
+    ALL_ATTENTION_FUNCTIONS.get_interface = _get_interface  # type: ignore[method-assign]
     found = {}
     for name in experts:
-        module: Any = model.get_submodule(name)
         found[name] = Received()
         for part in model.get_submodule(layer_of(name)).modules():
             part.received = found[name]
-        config = module.config
-        config._attn_implementation = NAMES.get(config._attn_implementation, config._attn_implementation)
     return found
 
 
 def unwatch(model: nn.Module) -> None:
-    back = {ours: theirs for theirs, ours in NAMES.items()}
     for module in model.modules():
         module.__dict__.pop("received", None)
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) in back:
-            config._attn_implementation = back[config._attn_implementation]  # type: ignore[union-attr]
 
 
 def layer_of(name: str) -> str:
@@ -78,25 +72,22 @@ def layer_of(name: str) -> str:
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
 
 
-def _sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-          **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    received = getattr(module, "received", None)
-    if received is not None and options.get("cache") is None:  # a paged cache has the keys of many sequences
-        with torch.no_grad():
-            own = own_keys(query, key, attention_mask)
-            received.put(blocks(module, query, key, attention_mask, options), own, key.shape[2])
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+def _get_interface(name: str, default: Callable) -> Callable:
+    """As `AttentionInterface.get_interface`; the function shows its weights to the `Received` of the module, if it has one."""
+    found = AttentionInterface.get_interface(ALL_ATTENTION_FUNCTIONS, name, default)
 
+    @wraps(found)
+    def watching(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **options: Any):
+        output, weights = found(module, query, key, value, mask, **options)
+        received = getattr(module, "received", None)
+        if received is not None and options.get("cache") is None:  # a paged cache has the keys of many sequences
+            with torch.no_grad():
+                parts = [weights.float().mean(1)[..., : key.shape[2]]] if weights is not None else None
+                if parts is not None or name == "sdpa":
+                    received.put(parts or blocks(module, query, key, mask, options), own_keys(query, key, mask), key.shape[2], mask)
+        return output, weights
 
-def _eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-           **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    family: Any = sys.modules[type(module).__module__]  # each has an eager attention of its own: sinks, soft caps
-    output, weights = family.eager_attention_forward(module, query, key, value, attention_mask, **options)
-    received = getattr(module, "received", None)
-    if received is not None and weights is not None:
-        mean = weights.detach().float().mean(1)[..., : key.shape[2]]
-        received.put([mean], own_keys(query, key, attention_mask), key.shape[2])
-    return output, weights
+    return watching
 
 
 def blocks(module: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
@@ -144,7 +135,3 @@ def own_keys(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) 
         last = (row * torch.arange(1, keys + 1, device=row.device)).amax(-1).clamp_min(queries) - 1
     return last[:, None] - torch.arange(queries - 1, -1, -1, device=query.device)
 
-
-for _theirs, _function in (("sdpa", _sdpa), ("eager", _eager)):
-    ALL_ATTENTION_FUNCTIONS.register(NAMES[_theirs], _function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAMES[_theirs], ALL_MASK_ATTENTION_FUNCTIONS[_theirs])

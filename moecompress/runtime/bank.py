@@ -98,7 +98,7 @@ class SplitIntegers(IntegerBank):
             setattr(self, name, tensor)
         codes = int_format.unpack_codes(whole.codes, bits, self.cols)
         self.codes: torch.Tensor = int_format.pack_codes(codes >> (bits - nested.BASE), nested.BASE)
-        rest = (codes & (2 ** (bits - nested.BASE) - 1)) + (bits == 3)
+        rest = (codes & (2 ** (bits - nested.BASE) - 1)) + int(bits == 3)
         self.register_buffer("rest", int_format.pack_codes(rest, nested.BASE))
         self.few = False
 
@@ -111,7 +111,7 @@ class SplitIntegers(IntegerBank):
     def bank(self) -> IntBank:
         bits = int(self.scheme.bits)
         high, low = (int_format.unpack_codes(part, nested.BASE, self.cols) for part in (self.codes, self.rest))
-        whole = int_format.pack_codes((high << (bits - nested.BASE)) + low - (bits == 3), bits)
+        whole = int_format.pack_codes((high << (bits - nested.BASE)) + low - int(bits == 3), bits)
         return replace(self._part(whole), bits=bits)
 
     def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

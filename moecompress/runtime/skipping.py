@@ -124,9 +124,9 @@ PROTECT = {"odp": 0.02}
 class Guard(BaseModel):
     """Tokens of the importance I = ‖t‖₁ · a or more lose no expert (MC-MoE, arXiv 2410.06270). t: what the experts are given.
 
-    a, by attention: the mean weight that the token gets from itself and all later queries of the call, over heads; in a call
-    of one query (decoding), where nothing later is known, from itself, with the threshold ``alone``. By norm, where a layer has
-    no attention that can be seen: 1.
+    a, by attention: the mean weight that the token gets from itself and all later queries of the call, over heads (threshold
+    ``together``). In a call of one query (decoding), where nothing later is known: from itself, times the number of tokens it
+    sees, since weights shrink with that (threshold ``alone``). By norm, where a layer has no attention that can be seen: 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
