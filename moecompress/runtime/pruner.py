@@ -58,11 +58,11 @@ def read(folder: Path, digest: str | None) -> dict[str, Pruner]:
     if found != digest:
         raise UserError(f"{path} does not belong to the policy in config.json", expected=f"sha256 {str(digest)[:16]}…", got=f"{found[:16]}…",
                         remedy="copy both files from one folder")  # fmt: skip
-    entries = read_header(path)
-    pruners = {}
-    for name in sorted({entry.rpartition(".")[0] for entry in entries}):
-        weight = read_entry(entries[f"{name}.weight"])
-        pruners[name] = Pruner(weight.shape[1] - weight.shape[0], weight.shape[0])
-        pruners[name].load_state_dict({"weight": weight, "bias": read_entry(entries[f"{name}.bias"])})
-        pruners[name].requires_grad_(False)
+    entries, pruners = read_header(path), {}
+    with torch.device("cpu"):  # transformers reads a policy while it builds models on the meta device
+        for name in sorted({entry.rpartition(".")[0] for entry in entries}):
+            weight = read_entry(entries[f"{name}.weight"])
+            pruners[name] = Pruner(weight.shape[1] - weight.shape[0], weight.shape[0])
+            pruners[name].load_state_dict({"weight": weight, "bias": read_entry(entries[f"{name}.bias"])})
+            pruners[name].requires_grad_(False)
     return pruners
