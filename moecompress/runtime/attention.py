@@ -77,17 +77,25 @@ def _get_interface(name: str, default: Callable) -> Callable:
     found = AttentionInterface.get_interface(ALL_ATTENTION_FUNCTIONS, name, default)
 
     @wraps(found)
-    def watching(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **options: Any):
-        output, weights = found(module, query, key, value, mask, **options)
+    def watching(module: nn.Module, *args: Any, **options: Any):
+        output = found(module, *args, **options)
         received = getattr(module, "received", None)
-        if received is not None and options.get("cache") is None:  # a paged cache has the keys of many sequences
-            with torch.no_grad():
-                parts = [weights.float().mean(1)[..., : key.shape[2]]] if weights is not None else None
-                if parts is not None or name == "sdpa":
-                    received.put(parts or blocks(module, query, key, mask, options), own_keys(query, key, mask), key.shape[2], mask)
-        return output, weights
+        if received is not None:
+            _show(received, name, module, output[1], **dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)), **options)
+        return output
 
     return watching
+
+
+@torch.no_grad()
+def _show(received: Received, name: str, module: nn.Module, weights: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
+          attention_mask: torch.Tensor | None = None, **options: Any) -> None:  # fmt: skip
+    """weights: [B, H, Q, K or more] as the function ``name`` returned them."""
+    if options.get("cache") is not None or (weights is None and name != "sdpa"):
+        return  # a paged cache has the keys of many sequences
+    keys = key.shape[2]
+    parts = blocks(module, query, key, attention_mask, options) if weights is None else [weights.float().mean(1)[..., :keys]]
+    received.put(parts, own_keys(query, key, attention_mask), keys, attention_mask)
 
 
 def blocks(module: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from roundtrip import assert_close, load, plain, stored, tokens
+from roundtrip import assert_close, load, plain, stored, tokens, walked
 from safetensors.torch import load_file, save_file
-from tiny import head_class, tiny_checkpoint
+from tiny import head_class, shake, tiny_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import moecompress.route as route
@@ -21,8 +21,10 @@ from moecompress.errors import UserError
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import read_manifest
 from moecompress.recipe import load_recipe, recipe_from
-from moecompress.route.calibrate import observe
+from moecompress.route.calibrate import observe, skipped
 from moecompress.route.folder import route as route_folder
+from moecompress.route.folder import write
+from moecompress.route.vision import frontier, observe_inputs, tune_modes
 from moecompress.runtime import attention, loading, pruner
 from moecompress.runtime.bank import SplitIntegers
 from moecompress.runtime.packed import PackedExperts
@@ -277,7 +279,9 @@ def test_mc_sharp(sharp, tmp_path: Path, folder) -> None:
     for spy in spies:  # hard masks: as many of the largest weights as the scores say
         hidden, weights, answer = spy.calls[0]
         one, two = spy.inner.score(hidden, None, weights).unbind(-1)
-        assert torch.equal((answer >= 0).sum(-1), 1 + (two >= one + spy.inner.rule.threshold).int())
+        ahead = two - one - spy.inner.rule.threshold
+        clear = ahead.abs() > 1e-5  # the threshold is where some token's two masks are even
+        assert torch.equal((answer >= 0).sum(-1)[clear], 1 + (ahead > 0).int()[clear]) and clear.sum() > 20
         assert (answer.gather(1, weights.argmax(-1, keepdim=True)) >= 0).all()
 
 
@@ -392,6 +396,82 @@ def test_dynamic_bits_needs_nested_integers(folder, sharp, tmp_path: Path) -> No
     for source, words in ((folder("mixtral"), "an ordinary checkpoint"), (sharp[0], "other codes")):
         with pytest.raises(UserError, match=f"no bits to leave out\n.*nested.*\n.*{words}"):
             route_folder(str(source), tmp_path / "no", "dynamic-bits", 0.2, heldout=2, tokens=batches())
+
+
+# --- two kinds of tokens --------------------------------------------------------------------------------------------
+
+IMAGE = 3
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+    """qwen3_vl_moe, and four inputs with an image of 4 × 4 patches, four tokens, each."""
+    folder = tmp_path_factory.mktemp("eyes") / "model"
+    torch.manual_seed(0)
+    config = tiny_config("qwen3_vl_moe")
+    config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = IMAGE, 4, 5, 6
+    model = head_class("qwen3_vl_moe")._from_config(config)
+    shake(model)
+    model.save_pretrained(folder)
+    vision, generator = config.vision_config, torch.Generator().manual_seed(5)
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    inputs = []
+    for _ in range(4):
+        ids = torch.randint(8, 96, (1, 20), generator=generator)
+        ids[0, 2], ids[0, 3:7], ids[0, 7] = 5, IMAGE, 6
+        inputs.append({"input_ids": ids, "pixel_values": torch.randn(16, size, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]]),
+                       "mm_token_type_ids": (ids == IMAGE).int()})  # fmt: skip
+    return folder, inputs
+
+
+def test_modes_tells_images_from_text(eyes, tmp_path: Path) -> None:
+    """The frontier against all pairs of levels; then each kind of token by its own threshold, in a folder loaded again."""
+    folder, inputs = eyes
+    model = load(head_class("qwen3_vl_moe"), folder)
+    seen = observe_inputs(model, inputs)
+    assert all(one.vision is not None and one.vision.sum() == 16 and len(one.vision) == 80 for one in seen.values())
+    assert sum(one.importance for one in seen.values()) == pytest.approx(1)
+    pairs = frontier(seen, 0.3, 6)
+    grids = [sorted({0.0} | {pair.text for pair in pairs}), sorted({pair.vision for pair in frontier(seen, 0.0, 6)} | {pair.vision for pair in pairs})]
+    for pair in pairs:
+        counted = [0, 0]
+        for one in seen.values():
+            for row, picture in zip((one.importance * one.weights).tolist(), one.vision.tolist(), strict=True):
+                counted[0] += sum(score < (pair.vision if picture else pair.text) for score in row)
+                counted[1] += len(row)
+        assert pair.skipped == pytest.approx(counted[0] / counted[1]) and pair.skipped >= 0.3
+        lower = [vision for vision in grids[1] if vision < pair.vision]
+        assert all(skipped("modes", seen, dict.fromkeys(seen, pair.text), dict.fromkeys(seen, vision)) < 0.3 for vision in lower)
+    policy, measured = tune_modes(model, inputs[:3], inputs[3:], 0.3, 6)
+    best = min(measured, key=lambda pair: pair.kl)
+    rules = list(policy.layers.values())
+    assert len(measured) > 2 and best.kl > 0 and {(rule.threshold, rule.vision) for rule in rules} == {(best.text, best.vision)}
+    assert not any("skipping" in module.__dict__ or "kinds" in module.__dict__ for module in model.modules())
+    write(folder, tmp_path / "out", policy, {})
+    again = loading.load(tmp_path / "out", torch.float32)
+    spies = [Spy(module) for module in again.modules() if "skipping" in module.__dict__]
+    with torch.no_grad():
+        again(**inputs[3], use_cache=False)
+    pictures = inputs[3]["input_ids"].flatten() == IMAGE
+    for spy in spies:
+        ((_, weights, left),) = spy.calls
+        limit = torch.where(pictures, spy.inner.rule.vision, spy.inner.rule.threshold)[:, None]
+        assert torch.equal(left < 0, spy.inner.rule.importance * weights < limit)
+    # The layer walk has several micro-batches on their way at once, and still tells the kinds of each.
+    ids = torch.cat([one["input_ids"] for one in inputs])
+    ids[1, 3:7] = 9  # a sequence without an image
+    opened = OpenModel(tmp_path / "out", torch.float32, prepare=loading.prepare(tmp_path / "out"))
+    spies = [Spy(module) for module in opened.model.modules() if "skipping" in module.__dict__]
+    walked(opened, ids)
+    for spy in spies:
+        for lane, (_, weights, left) in enumerate(spy.calls):
+            limit = torch.where(ids[lane] == IMAGE, spy.inner.rule.vision, spy.inner.rule.threshold)[:, None]
+            assert torch.equal(left < 0, spy.inner.rule.importance * weights < limit)
+
+
+def test_modes_of_a_text_model_has_one_threshold(folder) -> None:
+    with pytest.raises(UserError, match="no tokens of images"):
+        tune_modes(load(head_class("qwen3_moe"), folder("qwen3_moe")), [], [], 0.2)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
