@@ -52,7 +52,7 @@ class Received:
 
 def watch(model: nn.Module, experts: Iterable[str]) -> dict[str, Received]:
     """Experts module -> what its decoder layer's attention shows from now on. Undone by `unwatch`."""
-    ALL_ATTENTION_FUNCTIONS.get_interface = _get_interface  # type: ignore[method-assign]
+    ALL_ATTENTION_FUNCTIONS.get_interface = _get_interface
     found = {}
     for name in experts:
         found[name] = Received()
