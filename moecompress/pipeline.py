@@ -40,7 +40,7 @@ from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
 from moecompress.recipe import Recipe
-from moecompress.route.folder import choose, record_of, store
+from moecompress.route.folder import Wish, choose, learned, record_of, store
 from moecompress.route.frontier import Bench
 from moecompress.runtime.bank import bank_tensors
 from moecompress.runtime.loading import prepare
@@ -208,16 +208,17 @@ def against_entropy(anatomy: Anatomy, archived: dict[str, dict[str, Any]]) -> di
 
 def skipping(job: Job, ready: Path) -> dict[str, Any]:
     """Tune the recipe's routing policy on the calibration text for the folder ``ready``, and write it into config.json."""
-    wish, calibration = job.recipe.route, job.calibration
+    wish, calibration = Wish(**job.recipe.route.model_dump()), job.calibration
 
     def opened() -> OpenModel:
         return OpenModel(ready, job.opened.dtype, job.trust_remote_code, prepare=prepare(ready, skipping=False))
 
     bench = Bench(opened, job.heldout, trace(opened(), job.heldout, "compressed on held-out text"))
-    chosen, points = choose(bench, calibration.batches, calibration.mask, wish.policy, wish.skip, wish.max_kl, wish.renormalise)
+    pruners, training = learned(ready, opened(), calibration.ids, wish, job.trust_remote_code)
+    chosen, points = choose(bench, calibration.batches, calibration.mask, wish, pruners)
     store(read_config(ready), chosen.policy, ready)
     after = load_and_measure(ready, job.heldout, job.given.reference, job.opened.dtype).summary()
-    return record_of(chosen, points) | {"after": after}
+    return record_of(chosen, points) | training | {"after": after}
 
 
 def repaired(job: Job, ready: Path, before: dict[str, Any], work: Path) -> tuple[Path, dict[str, Any]]:

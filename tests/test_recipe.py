@@ -75,7 +75,7 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
 
 def test_there_are_recipes() -> None:
     general = {"demo", "balanced-3bit", "small-2bit"}
-    papers = {"mc-moe", "mc-moe-odp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "qmoe", "mc-smoe"}
+    papers = {"mc-moe", "mc-moe-odp", "mc-sharp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "mc-smoe", "qmoe", "modes"}
     assert general | papers <= {path.stem for path in RECIPES}
     for path in RECIPES:
         if path.stem in papers:
@@ -181,6 +181,8 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("route: {policy: odp}\n", "policy odp needs either skip or max_kl"),
         ("route: {policy: odp, skip: 0.1, max_kl: 0.1}\n", "policy odp needs either skip or max_kl"),
         ("route: {skip: 0.1}\n", "skip and max_kl need a policy"),
+        ("route: {policy: odp, skip: 0.1, steps: 9}\n", "only policy otp is trained"),
+        ("route: {policy: odp, skip: 0.1, protect: 1}\n", ":1:33: route.protect: should be less than 1"),
         ("route: {policy: odp, skip: 1}\n", ":1:22: route.skip: should be less than 1"),
         ("name: a\nname: b\n", ":2:1: key 'name' appears twice"),
         ("name: [\n", "not valid YAML"),

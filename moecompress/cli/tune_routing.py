@@ -13,7 +13,7 @@ from moecompress.cli.common import Json, Model, Trust, print_json
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; must not exist or be empty.")],
-    policy: Annotated[str, typer.Option("--policy", help="odp, naee, top-p or modes (below).")] = "odp",
+    policy: Annotated[str, typer.Option("--policy", help="odp, naee, top-p, modes, adamoe, otp or dynamic-bits (below).")] = "odp",
     skip: Annotated[
         float | None, typer.Option("--skip", help="Share of expert calls to skip, 0.15 (the default) for 15 %.")
     ] = None,
@@ -30,8 +30,14 @@ def command(
     renormalise: Annotated[
         bool | None,
         typer.Option("--renormalise/--no-renormalise", help="Let the experts left take over the weight of the skipped ones. "
-                     "Default: as the policy's paper, which is yes except for modes."),
+                     "Default: as the policy's paper, which is yes except for modes and dynamic-bits."),
     ] = None,
+    protect: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.99, help="Share of tokens, those that get most attention, that lose no expert. "
+                     "Default: as the policy's paper, which is 0.02 for odp and none for the others."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="otp: training steps; 200 if not given.")] = None,
     reference: Annotated[
         str | None,
         typer.Option("--reference", help="Measure KL to this model, before and after. Default: to MODEL waking all experts."),
@@ -52,7 +58,10 @@ def command(
     moecompress.route.apply(model, model.config.moecompress_routing).
 
     odp drops each expert whose weight is small beside the token's largest; naee all but the first where the second is
-    small; top-p what the smallest set reaching a share of the weight does not need; modes by importance of the layer.
+    small; top-p what the smallest set reaching a share of the weight does not need; modes by importance of the layer;
+    adamoe where the router's logit is under that of null experts; otp by masks that are trained here, against the same
+    model waking all experts, which needs it whole and unpacked in memory. dynamic-bits skips none: where the weight is
+    small, an expert of nested integers (recipes/matryoshka.yaml) computes on its two highest bits and reads no others.
 
     Examples:
 
@@ -67,7 +76,7 @@ def command(
     if skip is None and max_kl is None:
         skip = 0.15
     record = route(model, output, policy, skip, text, sequences, length, heldout, renormalise, reference, dtype, trust_remote_code,
-                   max_kl=max_kl, speed=speed)  # fmt: skip
+                   max_kl=max_kl, speed=speed, protect=protect, steps=steps)  # fmt: skip
     if json_:
         print_json(record)
         return
@@ -76,7 +85,8 @@ def command(
 
     against = "the model waking all experts" if reference is None else reference
     title = f"against {against}, on held-out text"
-    curve = Table("expert calls skipped", "KL, nats", "95 %", "top-1 agreement", *(["tokens/s"] if speed else []), title=title)
+    what = "calls computed on two bits" if policy == "dynamic-bits" else "calls skipped"
+    curve = Table(f"expert {what}", "KL, nats", "95 %", "top-1 agreement", *(["tokens/s"] if speed else []), title=title)
     for row in record["curve"]:
         chosen = row["calibration_skipped"] == record["calibration_skipped"]
         low, high = row.get("kl_interval_95", (row["kl_mean"],) * 2)
@@ -84,6 +94,11 @@ def command(
                       f"{row.get('top1_agreement', 1):.2%}", *([f"{row['tokens_per_second']:.1f}"] if speed else []))  # fmt: skip
     console = Console(highlight=False)
     console.print(curve)
-    console.print(f"{output}: policy {policy} skips {record['skipped']:.2%} of the expert calls "
+    if (by := record.get("protected_by")) is not None:
+        console.print("protected tokens: " + ", ".join(
+            f"by attention received × norm in {n} layers" if how == "attention" else f"by norm alone in {n} layers, whose attention cannot be seen"
+            for how, n in by.items()))  # fmt: skip
+    did = "computes on two bits" if policy == "dynamic-bits" else "skips"
+    console.print(f"{output}: policy {policy} {did} {record['skipped']:.2%} of the expert calls "
                   f"({record['calibration_skipped']:.2%} on the text it was tuned on); perplexity "
                   f"{record['after']['perplexity']:.3f}, of {record['after']['reference_perplexity']:.3f}")  # fmt: skip

@@ -77,7 +77,7 @@ def repair_routers(job: Job, ready: Path, work: Path) -> tuple[Path | None, dict
     state.mkdir(exist_ok=True)
     layers: Any = student.get_submodule(job.opened.anatomy.stack)
     with recomputing(layers):
-        run = train(student, Original(student, known), dtypes, (), used.ids, unseen.ids, settings, state, "repair")
+        run = train(student, Original(student, known), dtypes, (), used.ids, unseen.ids, settings, state, label="repair")
     record = {"trained": sorted(dtypes), "weights": sum(p.numel() for n, p in student.named_parameters() if n in dtypes),
               "steps": run.step, "best_step": run.best_step, "rate": settings.rate, "history": run.history}  # fmt: skip
     if run.best is None:

@@ -19,10 +19,11 @@ from moecompress.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: Files that make a folder loadable besides weights: tokenizer, chat template, generation settings, code of the model.
+#: Files that make a folder loadable besides weights: tokenizer, chat template, generation settings, learned routing policy,
+#: code of the model.
 COMPANIONS = re.compile(
     r"^(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|chat_template.*|generation_config\.json|"
-    r"preprocessor_config\.json|processor_config\.json|video_preprocessor_config\.json|.*\.model|LICENSE.*|NOTICE.*|.*\.py)$"
+    r"preprocessor_config\.json|processor_config\.json|video_preprocessor_config\.json|moecompress_routing\.safetensors|.*\.model|LICENSE.*|NOTICE.*|.*\.py)$"
 )
 #: safetensors' own limit: what claims to be longer is an attack or an accident.
 HEADER_LIMIT = 100_000_000

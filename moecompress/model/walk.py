@@ -206,6 +206,8 @@ class Walk:
         layer, memory = self.opened.layers[self.layer], self.memory
         if memory is not None:
             memory.lane = lane
+        if "kinds" in self.model.__dict__:  # runtime/kinds.py: the model itself was last called for another micro-batch
+            self.model.__dict__["kinds"][0].ids = self.batches[lane]
         try:
             with torch.no_grad():
                 return type(layer).forward(layer, *waiting.args, **waiting.kwargs)

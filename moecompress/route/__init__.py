@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from moecompress.runtime.skipping import POLICIES, Policy, apply, remove
+from moecompress.runtime.skipping import POLICIES, Policy, apply, read_policy, remove
 
-__all__ = ["POLICIES", "Policy", "apply", "remove"]
+__all__ = ["POLICIES", "Policy", "apply", "read_policy", "remove"]

@@ -7,34 +7,63 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from moecompress.calibrate.capture import recording
+from moecompress.calibrate.capture import Capture, recording
 from moecompress.calibrate.observe import seam_on
 from moecompress.errors import UserError
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.progress import track
-from moecompress.runtime.skipping import POLICIES, RENORMALISE, Policy, Rule, router_norm
+from moecompress.runtime.attention import watch
+from moecompress.runtime.pruner import Pruner
+from moecompress.runtime.skipping import (
+    POLICIES,
+    RENORMALISE,
+    Guard,
+    Policy,
+    Rule,
+    norms,
+    router_beside,
+    router_logits,
+    router_norm,
+)
 
 #: Policies with a threshold a layer, each layer skipping the wanted share; the others have one for the whole model.
-BY_LAYER = ("odp", "naee")
+BY_LAYER = ("odp", "naee", "adamoe")
+#: Policies that decide by more than weights.
+SCORED = ("adamoe", "otp")
+#: Share of tokens for which adamoe's router must choose the experts of the largest logits.
+LARGEST = 0.99
 HALVINGS = 40
 
 
 @dataclass(frozen=True)
 class Seen:
     """One layer on T tokens. weights: [T, k] combine weights. importance: of its routed experts, all layers sum to 1.
-    router: norm of the router's weight, where one was found."""
+    router: norm of the router's weight, where one was found. scores: [T, k], what adamoe and otp decide by. guard: which
+    tokens are protected; protected: bool [T], those. vision: bool [T], tokens of images or videos."""
 
     weights: torch.Tensor
     experts: int
     importance: float = 1.0
     router: float | None = None
+    scores: torch.Tensor | None = None
+    guard: Guard | None = None
+    protected: torch.Tensor | None = None
+    vision: torch.Tensor | None = None
+
+    def skipped(self, policy: str, threshold: Any) -> torch.Tensor:
+        """bool [T, k]. threshold: a number or [T, 1]."""
+        found = POLICIES[policy](self.weights, threshold, self.importance, self.scores)
+        return found if self.protected is None else found & ~self.protected[:, None]
 
 
 @torch.no_grad()
-def observe(opened: OpenModel, batches: Sequence[torch.Tensor], mask: torch.Tensor, weigh: bool = False) -> dict[str, Seen]:
+def observe(opened: OpenModel, batches: Sequence[torch.Tensor], mask: torch.Tensor, weigh: bool = False, protect: float = 0.0,
+            policy: str | None = None, pruners: dict[str, Pruner] | None = None) -> dict[str, Seen]:  # fmt: skip
     """Experts module -> what its router gave, one layer in memory. ``batches``: token ids [B, L]; ``mask``: [N, L] True at
-    tokens that count. ``weigh``: measure importances too, which runs every layer of experts twice.
+    tokens that count. ``weigh``: measure importances too, which runs every layer of experts twice. ``protect``: share of
+    tokens to protect. ``policy``: whose scores to keep (None: none); ``pruners``: those of otp.
 
     A layer's importance is the relative error of its output without its routed experts, ‖h − h'‖ / ‖h‖: times a weight it
     is about the error of skipping one expert. MoDES has the KL of the final distribution instead, which takes a pass for
@@ -42,6 +71,7 @@ def observe(opened: OpenModel, batches: Sequence[torch.Tensor], mask: torch.Tens
     """
     seen: dict[str, Seen] = {}
     seam_on(opened)
+    watched = watch(opened.model, [moe.module for moe in opened.anatomy.moe.values()]) if protect else {}
     with Walk(opened, batches) as walk:
         for layer in track(walk.layers(), "routing", len(opened.layers)):
             moe = opened.anatomy.moe.get(layer)
@@ -50,19 +80,65 @@ def observe(opened: OpenModel, batches: Sequence[torch.Tensor], mask: torch.Tens
             else:
                 experts: Any = opened.model.get_submodule(moe.module)
                 with recording(opened.model.get_submodule(moe.module.rpartition(".")[0]), experts) as recorder:
-                    outputs = [walk.run(lane) for lane in range(len(batches))]
+                    outputs, shown = [], []
+                    for lane in range(len(batches)):
+                        outputs.append(walk.run(lane))
+                        shown.append(watched[moe.module].take() if protect else None)
                 capture = recorder.capture(mask)
-                importance = _importance(walk, experts, outputs) if weigh else 1.0
-                seen[moe.module] = Seen(capture.weights[capture.keep].float(), moe.layout.experts, importance,
-                                        router_norm(opened.model, moe.module))  # fmt: skip
+                keep = capture.keep
+                guard, protected = guard_of(capture, shown, protect)
+                scores = scores_of(policy, opened.model, moe.module, capture, pruners)
+                seen[moe.module] = Seen(
+                    capture.weights[keep].float(), moe.layout.experts, _importance(walk, experts, outputs) if weigh else 1.0,
+                    router_norm(opened.model, moe.module), None if scores is None else scores[keep], guard,
+                    None if protected is None else protected[keep],
+                )  # fmt: skip
             if layer < len(opened.layers) - 1:
                 walk.hand_on(outputs)
     total = sum(one.importance for one in seen.values())
     return {name: replace(one, importance=one.importance / total) for name, one in seen.items()}
 
 
+def guard_of(capture: Capture, shown: Sequence[tuple[torch.Tensor, torch.Tensor, bool] | None], protect: float
+             ) -> tuple[Guard | None, torch.Tensor | None]:  # fmt: skip
+    """The guard under which the share ``protect`` of a layer's tokens is protected, and bool [T], which those are. shown: what
+    the layer's attention showed in each micro-batch."""
+    if not protect:
+        return None, None
+    size = norms(capture.hidden)
+    parts = [part for part in shown if part is not None]
+    by_attention = len(parts) == len(shown) and sum(len(part[0]) for part in parts) == len(size)
+    together, alone = (torch.cat([part[i] for part in parts]) * size if by_attention else size for i in (0, 1))
+    limits = [float(values[capture.keep].quantile(1 - protect)) for values in (together, alone)]
+    return Guard(by="attention" if by_attention else "norm", together=limits[0], alone=limits[1]), together >= limits[0]
+
+
+def scores_of(policy: str | None, model: nn.Module, name: str, capture: Capture, pruners: dict[str, Pruner] | None
+              ) -> torch.Tensor | None:  # fmt: skip
+    """[T, k] for adamoe and otp. UserError if the family's router is not of the form that adamoe needs."""
+    if policy == "otp":
+        assert pruners is not None
+        return pruners[name](capture.hidden, capture.weights)
+    if policy != "adamoe":
+        return None
+    router = router_beside(model, name)
+    top_k = capture.chosen.shape[1]
+    logits = None if router is None else router_logits(router, capture.hidden)
+    same = 0.0
+    if logits is not None:
+        best = logits.topk(top_k, dim=-1).indices.sort(-1).values
+        same = float((best == capture.chosen.sort(-1).values).all(-1).float().mean())
+    if logits is None or same < LARGEST:
+        raise UserError(f"adamoe does not fit the router of {type(model).__name__}",
+                        expected="a router that chooses the experts of the largest logits, so that null experts can take their places",
+                        got="no router with one logit an expert" if logits is None else
+                        f"other experts for {1 - same:.0%} of the tokens (biases, groups or hashes choose too, or the router has other inputs) in {name}",
+                        remedy="choose odp, top-p or modes, which see only weights")  # fmt: skip
+    return logits.gather(-1, capture.chosen)
+
+
 def _importance(walk: Walk, experts: Any, outputs: list[Any]) -> float:
-    experts.skipping = lambda chosen, weights: (torch.full_like(chosen, -1), weights)
+    experts.skipping = lambda _hidden, chosen, weights: (torch.full_like(chosen, -1), weights)
     error = energy = 0.0
     for lane, output in enumerate(outputs):
         full, without = (hidden(x).double() for x in (output, walk.run(lane)))
@@ -77,9 +153,10 @@ def hidden(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def tune(policy: str, seen: dict[str, Seen], share: float, renormalise: bool | None = None) -> Policy:
-    """The thresholds that skip ``share`` of the (token, expert) pairs in ``seen``: in each layer for odp and naee, of the
-    whole model for top-p and modes. ``renormalise`` None: as the policy's paper does."""
+def tune(policy: str, seen: dict[str, Seen], share: float, renormalise: bool | None = None,
+         pruners: dict[str, Pruner] | None = None) -> Policy:  # fmt: skip
+    """The thresholds that skip ``share`` of the (token, expert) pairs in ``seen``: in each layer for those of `BY_LAYER`, of the
+    whole model for the others. ``renormalise`` None: as the policy's paper does. ``pruners``: those of otp."""
     if policy not in POLICIES:
         raise UserError(f"Unknown policy {policy!r}", expected=", ".join(POLICIES))
     if not 0 <= share < 1:
@@ -91,20 +168,32 @@ def tune(policy: str, seen: dict[str, Seen], share: float, renormalise: bool | N
     thresholds: dict[str, float] = {}
     for group in groups:
         thresholds |= dict.fromkeys(group, _threshold(policy, group, share))
+    return policy_of(policy, seen, thresholds, renormalise, pruners=pruners)
+
+
+def policy_of(policy: str, seen: dict[str, Seen], thresholds: dict[str, float], renormalise: bool | None = None,
+              vision: dict[str, float] | None = None, pruners: dict[str, Pruner] | None = None) -> Policy:  # fmt: skip
+    """A policy of known thresholds by layer. ``vision``: those of tokens of images, if others."""
     rules = {
         name: Rule(threshold=thresholds[name], importance=one.importance if policy == "modes" else 1.0, experts=one.experts,
-                   router=one.router)
+                   router=one.router, guard=one.guard, vision=None if vision is None else vision[name])
         for name, one in seen.items()
     }  # fmt: skip
-    return Policy.model_validate({
-        "policy": policy, "renormalise": RENORMALISE[policy] if renormalise is None else renormalise, "top_k": top_k,
-        "skip": skipped(policy, seen, thresholds), "layers": rules,
+    found = Policy.model_validate({
+        "policy": policy, "renormalise": RENORMALISE[policy] if renormalise is None else renormalise,
+        "top_k": max(one.weights.shape[1] for one in seen.values()), "skip": skipped(policy, seen, thresholds, vision), "layers": rules,
     })  # fmt: skip
+    return found.with_pruners(pruners) if pruners is not None else found
 
 
-def skipped(policy: str, seen: dict[str, Seen], thresholds: dict[str, float]) -> float:
+def skipped(policy: str, seen: dict[str, Seen], thresholds: dict[str, float], vision: dict[str, float] | None = None) -> float:
     """Share of all pairs that the thresholds skip."""
-    count = sum(int(POLICIES[policy](one.weights, thresholds[name], one.importance).sum()) for name, one in seen.items())
+    count = 0
+    for name, one in seen.items():
+        threshold: Any = thresholds[name]
+        if vision is not None and one.vision is not None:
+            threshold = torch.where(one.vision, vision[name], threshold)[:, None]
+        count += int(one.skipped(policy, threshold).sum())
     return count / sum(one.weights.numel() for one in seen.values())
 
 
@@ -120,6 +209,9 @@ def _ends(policy: str, seen: dict[str, Seen]) -> tuple[float, float]:
         return 1.0, 0.0
     if policy == "modes":
         return 0.0, 1.01 * max(one.importance * float(one.weights.max()) for one in seen.values())
+    if policy in SCORED:
+        low, high = (float(end(torch.stack([end(one.scores) for one in seen.values() if one.scores is not None]))) for end in (torch.min, torch.max))
+        return (low - 1, high + 1) if policy == "adamoe" else (low - high - 1, high - low + 1)
     return 0.0, 1.0
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,35 @@ from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, MANIFEST, read_manifest
 from moecompress.route.calibrate import observe
 from moecompress.route.frontier import Bench, Point, by_harm, by_share, speeds
+from moecompress.route.otp import Training, learn
+from moecompress.runtime import pruner
 from moecompress.runtime.loading import prepare, verify_files
-from moecompress.runtime.skipping import KEY, Policy
+from moecompress.runtime.pruner import Pruner
+from moecompress.runtime.skipping import KEY, PROTECT, RENORMALISE, Policy
+
+#: What otp's masks are trained to skip where a KL says how much is allowed.
+OTP_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A policy and how much it may skip; the fields of `RouteRecipe`."""
+
+    policy: str
+    skip: float | None = None
+    max_kl: float | None = None
+    renormalise: bool | None = None
+    protect: float | None = None
+    steps: int | None = None
 
 
 def route(model: str, output: Path, policy: str, share: float | None = None, text: str = "builtin", sequences: int = 32,
           length: int = 512, heldout: int = 8, renormalise: bool | None = None, reference: str | None = None, dtype: str = "auto",
           trust_remote_code: bool = False, tokens: TokenBatches | None = None, max_kl: float | None = None,
-          speed: bool = False) -> dict[str, Any]:  # fmt: skip
+          speed: bool = False, protect: float | None = None, steps: int | None = None) -> dict[str, Any]:  # fmt: skip
     """See `moecompress tune-routing --help`. ``tokens``: instead of ``text``. KL is of ``reference`` (the model itself,
-    waking all experts, if None) ‖ model, in nats. ``speed``: load the model and time it at every point of the curve."""
+    waking all experts, if None) ‖ model, in nats. ``speed``: load the model and time it at every point of the curve.
+    ``protect``: share of tokens that lose no expert (None: as the policy's paper). ``steps``: of training otp."""
     refuse_target(output)
     folder = resolve(model)
     verify_files(folder)
@@ -48,8 +69,10 @@ def route(model: str, output: Path, policy: str, share: float | None = None, tex
     known = trace(opened(original), batches, "all experts on held-out text")
     before: dict[str, Any] = {} if reference is None else {"before": compare(opened(folder), batches, known, "before").summary()}
     bench = Bench(partial(opened, folder), batches, known)
-    chosen, points = choose(bench, used.ids.split(1), used.mask, policy, share, max_kl, renormalise)
-    record = record_of(chosen, points) | before
+    wish = Wish(policy, share, max_kl, renormalise, protect, steps)
+    pruners, training = learned(folder, opened(folder), used.ids, wish, trust_remote_code)
+    chosen, points = choose(bench, used.ids.split(1), used.mask, wish, pruners)
+    record = record_of(chosen, points) | training | before
     write(folder, output, chosen.policy, record)
     start = {"skipped": 0.0, "calibration_skipped": 0.0, "kl_mean": before["before"]["kl_mean"] if before else 0.0}
     curve = [start, *record["curve"]]
@@ -60,29 +83,50 @@ def route(model: str, output: Path, policy: str, share: float | None = None, tex
     return {"output": str(output), **record, "curve": curve, "thresholds": thresholds}
 
 
-def choose(bench: Bench, batches: Sequence[torch.Tensor], mask: torch.Tensor, policy: str, share: float | None,
-           max_kl: float | None, renormalise: bool | None) -> tuple[Point, list[Point]]:  # fmt: skip
-    """Tune ``policy`` on token ids ``batches`` (``mask``: those that count) for a share or, without one, for a KL."""
-    if (share is None) == (max_kl is None):
+def learned(folder: Path, opened: OpenModel, ids: torch.Tensor, wish: Wish, trust_remote_code: bool = False
+            ) -> tuple[dict[str, Pruner] | None, dict[str, Any]]:  # fmt: skip
+    """What otp trains on token ids [N, L], and its record; nothing for the other policies. opened: the model in ``folder``."""
+    if wish.policy != "otp":
+        return None, {}
+    share = OTP_SHARE if wish.skip is None else wish.skip
+    renormalise = RENORMALISE["otp"] if wish.renormalise is None else wish.renormalise
+    training = Training(share, wish.steps or Training.steps, renormalise=renormalise)
+    layers = [moe.module for moe in opened.anatomy.moe.values()]
+    pruners, record = learn(folder, layers, ids, training, opened.dtype, trust_remote_code)
+    return pruners, {"training": record}
+
+
+def choose(bench: Bench, batches: Sequence[torch.Tensor], mask: torch.Tensor, wish: Wish, pruners: dict[str, Pruner] | None = None
+           ) -> tuple[Point, list[Point]]:  # fmt: skip
+    """Tune a policy on token ids ``batches`` (``mask``: those that count) for a share or, without one, for a KL."""
+    if (wish.skip is None) == (wish.max_kl is None):
         raise UserError("How much may be skipped?", expected="a share (--skip) or a divergence (--max-kl)",
-                        got="neither" if share is None else "both")  # fmt: skip
-    seen = observe(bench.opened(), batches, mask, weigh=policy == "modes")
-    if max_kl is not None:
-        return by_harm(bench, policy, seen, max_kl, renormalise)
-    assert share is not None
-    return by_share(bench, policy, seen, share, renormalise)
+                        got="neither" if wish.skip is None else "both")  # fmt: skip
+    policy = wish.policy
+    protect = PROTECT.get(policy, 0.0) if wish.protect is None else wish.protect
+    seen = observe(bench.opened(), batches, mask, policy == "modes", protect, policy, pruners)
+    if wish.max_kl is not None:
+        return by_harm(bench, policy, seen, wish.max_kl, wish.renormalise, pruners)
+    assert wish.skip is not None
+    return by_share(bench, policy, seen, wish.skip, wish.renormalise, pruners)
 
 
 def record_of(chosen: Point, points: Sequence[Point]) -> dict[str, Any]:
     """What a manifest keeps: nothing in it depends on when it was measured."""
+    guards = Counter(rule.guard.by for rule in chosen.policy.layers.values() if rule.guard is not None)
+    protected = {"protected_by": {f"{by}": count for by, count in sorted(guards.items())}} if guards else {}
     return {
         "policy": chosen.policy.policy, "renormalise": chosen.policy.renormalise, "calibration_skipped": chosen.policy.skip,
-        "skipped": chosen.skipped, "after": chosen.divergence, "curve": [point.row() for point in points],
+        "skipped": chosen.skipped, **protected, "after": chosen.divergence, "curve": [point.row() for point in points],
     }  # fmt: skip
 
 
 def store(config: dict[str, Any], policy: Policy, folder: Path) -> None:
-    """``config`` with ``policy`` in it, as the config.json of ``folder``."""
+    """``config`` with ``policy`` in it, as the config.json of ``folder``, and the file of what it learned."""
+    if policy.pruners:
+        policy = policy.model_copy(update={"learned": pruner.write(folder, policy.pruners)})
+    else:
+        (folder / pruner.FILE).unlink(missing_ok=True)  # of an older policy
     write_text(folder / "config.json", json.dumps(config | {KEY: policy.model_dump()}, indent=2))
 
 

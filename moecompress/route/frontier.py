@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from moecompress.evaluate.report import decode_speed
 from moecompress.model.walk import OpenModel
 from moecompress.route.calibrate import Seen, most_share, tune
 from moecompress.runtime.loading import load
+from moecompress.runtime.pruner import Pruner
 from moecompress.runtime.skipping import Policy, apply, remove
 
 #: Shares that a search for the largest harmless one tries in this order, until one does too much harm; and how often it
@@ -59,15 +59,15 @@ class Bench:
         return Point(policy, sum(skipped for skipped, _ in counts) / sum(calls for _, calls in counts), divergence)
 
 
-def by_share(bench: Bench, policy: str, seen: dict[str, Seen], share: float, renormalise: bool | None = None
-             ) -> tuple[Point, list[Point]]:  # fmt: skip
+def by_share(bench: Bench, policy: str, seen: dict[str, Seen], share: float, renormalise: bool | None = None,
+             pruners: dict[str, Pruner] | None = None) -> tuple[Point, list[Point]]:  # fmt: skip
     """The policy that skips ``share``, and the way there."""
-    points = [bench.measure(tune(policy, seen, part, renormalise)) for part in ((share / 2, share) if share else (share,))]
+    points = [bench.measure(tune(policy, seen, part, renormalise, pruners)) for part in ((share / 2, share) if share else (share,))]
     return points[-1], points
 
 
-def by_harm(bench: Bench, policy: str, seen: dict[str, Seen], max_kl: float, renormalise: bool | None = None
-            ) -> tuple[Point, list[Point]]:  # fmt: skip
+def by_harm(bench: Bench, policy: str, seen: dict[str, Seen], max_kl: float, renormalise: bool | None = None,
+            pruners: dict[str, Pruner] | None = None) -> tuple[Point, list[Point]]:  # fmt: skip
     """The policy that skips most of those measured that cost at most ``max_kl`` nats, and all of them, by share skipped.
 
     UserError if even the smallest share that skips anything costs more.
@@ -76,7 +76,7 @@ def by_harm(bench: Bench, policy: str, seen: dict[str, Seen], max_kl: float, ren
     points: list[Point] = []
 
     def harmless(share: float) -> bool:
-        points.append(bench.measure(tune(policy, seen, share, renormalise)))
+        points.append(bench.measure(tune(policy, seen, share, renormalise, pruners)))
         return points[-1].kl <= max_kl
 
     low = 0.0
@@ -101,14 +101,9 @@ def counting(model: nn.Module) -> list[tuple[int, int]]:
     """A list that grows by (skipped pairs, all pairs) with every call of experts that skip."""
     counts: list[tuple[int, int]] = []
 
-    def counted(skip: Callable, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        left, new = skip(chosen, weights)
-        counts.append((int((left < 0).sum()), left.numel()))
-        return left, new
-
     for module in model.modules():
         if "skipping" in module.__dict__:
-            module.__dict__["skipping"] = partial(counted, module.__dict__["skipping"])
+            module.__dict__["skipping"].counts = counts
     return counts
 
 

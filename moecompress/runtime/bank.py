@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul, 
 from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import dictionary, low_rank, nested, outliers, ternary, trellis, vector
+from moecompress.pack import dictionary, int_format, low_rank, nested, outliers, ternary, trellis, vector
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
 from moecompress.pack.scheme import DICTIONARY, LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
@@ -100,13 +101,13 @@ class NestedIntegers(IntegerBank):
 
     def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, bits: int):
         super().__init__(scheme, count, rows, cols, dtype)
-        self.bits = bits
+        self.bits, self.few = bits, False
         for name in unused_planes(scheme, bits):
             delattr(self, name)
         self._merged = WeakTensorKeyDictionary()  # by the codes: what was made of them goes when they go
 
     def bank(self) -> IntBank:
-        planes = {name: getattr(self, name) for name in nested.plane_names(self.bits)}
+        planes = {} if self.few else {name: getattr(self, name) for name in nested.plane_names(self.bits)}
         stored = nested.NestedBank(self.codes, planes, self.row_scales, getattr(self, "scales", None), int(self.scheme.bits),
                                    self.scheme.group, self.cols)  # fmt: skip
         if not planes:
@@ -119,6 +120,50 @@ class NestedIntegers(IntegerBank):
         """The same matrices as a bank of ordinary integers."""
         whole = self.bank()
         bank = IntegerBank(Scheme(whole.bits, whole.group), 0, self.rows, self.cols, torch.uint8)
+        for name, tensor in whole.tensors().items():
+            setattr(bank, name, tensor)
+        return bank
+
+
+class SplitIntegers(IntegerBank):
+    """Nested integers in memory as the two highest bits and the rest, for calls that read only the former.
+
+    A code c of b bits is 2^(b−2) · c₂ + r, and its value scale · (c − (2^b − 1) / 2) is the sum of those of two codes of two
+    bits: c₂ at 2^(b−2) times the scale, and r (plus 1 where it has one bit) at the scale. While ``few`` is set, `matmul` reads
+    the first alone. Four bits take the memory of four; three take that of four.
+    """
+
+    def __init__(self, whole: IntegerBank):
+        bits = int(whole.scheme.bits)
+        super().__init__(whole.scheme, 0, whole.rows, whole.cols, torch.uint8)
+        for name, tensor in whole.bank().tensors().items():
+            setattr(self, name, tensor)
+        codes = int_format.unpack_codes(whole.codes, bits, self.cols)
+        self.codes: torch.Tensor = int_format.pack_codes(codes >> (bits - nested.BASE), nested.BASE)
+        rest = (codes & (2 ** (bits - nested.BASE) - 1)) + int(bits == 3)
+        self.register_buffer("rest", int_format.pack_codes(rest, nested.BASE))
+        self.few = False
+
+    def base(self) -> IntBank:
+        return replace(self._part(self.codes), row_scales=self.row_scales * 2 ** (int(self.scheme.bits) - nested.BASE))
+
+    def _part(self, codes: torch.Tensor) -> IntBank:
+        return IntBank(codes, self.row_scales, getattr(self, "scales", None), None, nested.BASE, self.scheme.group, self.cols)
+
+    def bank(self) -> IntBank:
+        bits = int(self.scheme.bits)
+        high, low = (int_format.unpack_codes(part, nested.BASE, self.cols) for part in (self.codes, self.rest))
+        whole = int_format.pack_codes((high << (bits - nested.BASE)) + low - int(bits == 3), bits)
+        return replace(self._part(whole), bits=bits)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        y = grouped_matmul(x, slots, self.base())
+        return y if self.few else y + grouped_matmul(x, slots, self._part(self.rest))
+
+    def joined(self) -> IntegerBank:
+        """The bank of ordinary integers that this one was made of."""
+        whole = self.bank()
+        bank = IntegerBank(self.scheme, 0, self.rows, self.cols, torch.uint8)
         for name, tensor in whole.tensors().items():
             setattr(bank, name, tensor)
         return bank

@@ -26,7 +26,7 @@ from moecompress.runtime import seam
 from moecompress.runtime.bank import IntegerBank, unused_planes
 from moecompress.runtime.packed import PackedExperts, PackedLinear, pack_experts_in_place
 from moecompress.runtime.registration import METHOD, MoecompressConfig
-from moecompress.runtime.skipping import apply, read_policy
+from moecompress.runtime.skipping import KEY, apply, read_policy
 
 RECORDS = "moecompress"  # folder inside the checkpoint: manifest, plan, recipe
 
@@ -95,6 +95,8 @@ def to_store(model: Any) -> dict[str, torch.Tensor] | None:
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         where, _, leaf = name.rpartition(".")
+        if where in became and leaf == "rest":
+            continue  # a part of the codes (SplitIntegers)
         parts = {leaf: tensor}
         if where in became:
             scheme, bank = became[where]
@@ -107,6 +109,8 @@ def to_store(model: Any) -> dict[str, torch.Tensor] | None:
             there = tensors.get(f"{where}.{leaf}")
             tensors[f"{where}.{leaf}"] = part if there is None else torch.cat([there, part])
     renamed = {scheme.name: bank.scheme.name for scheme, bank in became.values() if bank.scheme.bits < scheme.bits}
+    if renamed and (getattr(model.config, KEY, None) or {}).get("policy") == "dynamic-bits":
+        delattr(model.config, KEY)  # of ordinary integers it could leave nothing out
     config = model.config.quantization_config
     for contents in config.experts.values():
         for projection, banks in contents.items():

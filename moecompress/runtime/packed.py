@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
 
 from moecompress.errors import UserError
 from moecompress.kernels import triton as gpu
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
-from moecompress.pack.scheme import Scheme
-from moecompress.runtime.bank import NestedIntegers, make_bank, turn, turn_back
+from moecompress.pack.nested import BASE
+from moecompress.pack.scheme import NESTED, Scheme
+from moecompress.runtime.bank import IntegerBank, NestedIntegers, SplitIntegers, make_bank, turn, turn_back
 from moecompress.runtime.dispatch import by_expert, crowded
 
 
@@ -58,6 +63,44 @@ class PackedExperts(nn.Module):
                 if isinstance(bank, NestedIntegers):
                     banks[name] = bank.settled()
                     banks[name].register_buffer("experts", bank.experts)
+
+    def has_nested(self) -> bool:
+        """Whether the file has nested integers."""
+        return any(Scheme.parse(name).code == NESTED for schemes in self.contents.values() for name in schemes)
+
+    def nested(self) -> list[NestedIntegers | SplitIntegers]:
+        """The banks that can compute on two of their bits."""
+        every = (bank for projection in self.contents for bank in self.banks(projection).values())
+        return [bank for bank in every if isinstance(bank, NestedIntegers | SplitIntegers)]
+
+    def split(self) -> None:
+        """Keep settled nested integers of more than two bits so that their two highest bits can be read alone."""
+        self._exchange(lambda name, bank: SplitIntegers(bank) if type(bank) is IntegerBank and name != bank.scheme.name
+                       and bank.scheme.bits > BASE and Scheme.parse(name).code == NESTED else None)  # fmt: skip
+
+    def join(self) -> None:
+        """The inverse."""
+        self._exchange(lambda name, bank: bank.joined() if isinstance(bank, SplitIntegers) else None)
+
+    def _exchange(self, change: Callable[[str, Any], nn.Module | None]) -> None:
+        for projection in self.contents:
+            banks = self.banks(projection)
+            for name, bank in banks.items():
+                if (new := change(name, bank)) is not None:
+                    new.register_buffer("experts", bank.experts)
+                    banks[name] = new
+
+    @contextmanager
+    def few_bits(self) -> Iterator[None]:
+        """Inside, nested integers compute on their two highest bits."""
+        banks = self.nested()
+        for bank in banks:
+            bank.few = True
+        try:
+            yield
+        finally:
+            for bank in banks:
+                bank.few = False
 
     def slot_table(self, projection: str, name: str, device: torch.device) -> torch.Tensor:
         """int32 [E + 1]: where in the bank an expert is, −1 if elsewhere; the last entry serves routing sentinels."""

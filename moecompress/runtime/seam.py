@@ -3,6 +3,8 @@ packed ones."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -23,7 +25,10 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
     skipping = getattr(self, "skipping", None)
     if skipping is None:
         return compute(self, hidden_states, top_k_index, top_k_weights)
-    return compute_left(self, hidden_states, *skipping(top_k_index, top_k_weights))
+    chosen, weights = skipping(hidden_states, top_k_index, top_k_weights)
+    if getattr(skipping, "policy", None) == "dynamic-bits":
+        return compute_split(self, hidden_states, top_k_index, chosen, weights)
+    return compute_left(self, hidden_states, chosen, weights)
 
 
 def compute(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -49,6 +54,15 @@ def compute_left(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, 
     y = compute(module, hidden[left // top_k], chosen.reshape(-1, 1)[left], alone)
     y = y * weights.reshape(-1, 1)[left]
     return y.new_zeros(tokens * top_k, y.shape[1]).index_copy(0, left, y).view(tokens, top_k, -1).sum(1).to(hidden.dtype)
+
+
+def compute_split(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, left: torch.Tensor, weights: torch.Tensor
+                  ) -> torch.Tensor:  # fmt: skip
+    """The same where ``left`` has −1 for pairs that nested integers compute on their two highest bits alone."""
+    packed: Any = module.packed
+    y = compute_left(module, hidden, left, weights)
+    with packed.few_bits():
+        return y + compute_left(module, hidden, chosen.masked_fill(left >= 0, -1), weights)
 
 
 def register() -> None:

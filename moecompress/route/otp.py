@@ -1,0 +1,165 @@
+"""Training the masks of otp (MC#, arXiv 2510.10962): distillation of the model that skips experts from itself waking all.
+
+The mask of a token is drawn from its `Pruner` by Gumbel-softmax, so that it is differentiable: instead of computing c experts,
+every one of the k computes and the expert of rank r gets the probability of keeping more than r. Nothing but the pruners is
+trained. The loss is the KL of the next-token distributions and λ times the share of pairs kept.
+
+What MC# does not say, or does otherwise: the size of the module (here one matrix a layer), the temperatures, the data; and λ,
+which moves here until the share asked for is kept, instead of being guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moecompress.errors import UserError
+from moecompress.model.anatomy import top_k_of
+from moecompress.model.experts import layout_of, parameters_from
+from moecompress.progress import share_done
+from moecompress.runtime import seam
+from moecompress.runtime.loading import load
+from moecompress.runtime.packed import PackedExperts, PackedLinear
+from moecompress.runtime.pruner import Pruner
+from moecompress.runtime.skipping import remove
+
+#: λ at the start, and its bounds: nats for all pairs.
+SPARSITY, SPARSITY_BOUNDS = 0.1, (1e-4, 1e3)
+
+
+@dataclass(frozen=True)
+class Training:
+    """``share``: of the pairs to skip. ``temperature``: of the Gumbel-softmax, first and last step; between, geometric."""
+
+    share: float
+    steps: int = 200
+    rate: float = 0.01
+    batch: int = 4
+    temperature: tuple[float, float] = (2.0, 0.2)
+    renormalise: bool = True
+    seed: int = 0
+
+    def temperature_at(self, step: int) -> float:
+        first, last = self.temperature
+        return first * (last / first) ** (step / max(1, self.steps - 1))
+
+
+@dataclass
+class Soft:
+    """A layer's `Pruner` in training, in the place of a `Skipper`. kept: share of pairs, of each call."""
+
+    pruner: Pruner
+    renormalise: bool
+    temperature: float = 1.0
+    kept: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = F.gumbel_softmax(self.pruner(hidden, weights), self.temperature)  # [T, k]: column c − 1 keeps c experts
+        keep = mask.flip(-1).cumsum(-1).flip(-1)  # by rank: the probability of keeping more than r
+        self.kept.append(keep.mean())
+        exact = weights.float()
+        keep = torch.zeros_like(keep).scatter(-1, exact.argsort(dim=-1, descending=True, stable=True), keep)
+        left = exact * keep
+        if self.renormalise:
+            left = left * (exact.sum(-1, keepdim=True) / left.sum(-1, keepdim=True).clamp_min(1e-20))
+        return chosen, left.to(weights.dtype)
+
+
+def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Training, dtype: torch.dtype | str = "auto",
+          trust_remote_code: bool = False) -> tuple[dict[str, Pruner], dict[str, Any]]:  # fmt: skip
+    """Pruners of the experts modules ``layers`` of the model in ``folder``, packed or not, trained on token ids [N, L]; and a
+    record of the training. The whole model is in memory with its experts unpacked. UserError if the loss is not finite."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no")
+    model = load(folder, dtype, trust_remote_code)
+    remove(model)
+    unpack(model)
+    model = model.to(accelerator.device).requires_grad_(False)
+    pruners = nn.ModuleList(_pruner(model, name) for name in layers)
+    optimizer = torch.optim.AdamW(pruners.parameters(), lr=training.rate, weight_decay=0.0)
+    pruners, optimizer = accelerator.prepare(pruners, optimizer)
+    soft = [Soft(one, training.renormalise) for one in pruners]
+    sparsity, losses, shares = SPARSITY, [], []
+    with torch.random.fork_rng(devices=[]), share_done("masks") as show:
+        torch.manual_seed(training.seed)
+        for step in range(training.steps):
+            rows = torch.randperm(len(ids))[: training.batch]
+            loss, kept = _losses(model, layers, soft, ids[rows].to(accelerator.device), training.temperature_at(step))
+            if not math.isfinite(float(loss.detach())):
+                raise UserError(f"The loss of step {step + 1} is not finite", expected="a number", got=float(loss.detach()),
+                                remedy="compute in float32 (--dtype float32)")  # fmt: skip
+            accelerator.backward(loss + sparsity * kept)
+            optimizer.step()
+            optimizer.zero_grad()
+            shares.append(1 - float(kept.detach()))
+            losses.append(float(loss.detach()))
+            sparsity = min(max(sparsity * math.exp(training.share - shares[-1]), SPARSITY_BOUNDS[0]), SPARSITY_BOUNDS[1])
+            show((step + 1) / training.steps, f"step {step + 1}, KL {losses[-1]:.4f}, {shares[-1]:.1%} skipped")
+    last = slice(-max(1, training.steps // 10), None)
+    record = {"steps": training.steps, "share": training.share, "kl": _mean(losses[last]), "skipped": _mean(shares[last]), "sparsity": sparsity}
+    return {name: one.cpu().requires_grad_(False) for name, one in zip(layers, accelerator.unwrap_model(pruners), strict=True)}, record
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _pruner(model: nn.Module, name: str) -> Pruner:
+    top_k = top_k_of(model)
+    if top_k is None or top_k < 2:
+        raise UserError("otp needs a choice of experts to keep", expected="a model with 2 or more experts per token", got=top_k,
+                        remedy="choose another policy")  # fmt: skip
+    return Pruner(layout_of(model.get_submodule(name)).hidden, top_k)
+
+
+def _losses(model: nn.Module, layers: Sequence[str], soft: Sequence[Soft], ids: torch.Tensor, temperature: float
+            ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(KL in nats a token of the model waking all experts ‖ with masks drawn, mean share of pairs kept), on ids [B, L]."""
+    with torch.no_grad():
+        known = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    with _masked(model, layers, soft, temperature):
+        own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    loss = (known.exp() * (known - own)).sum(-1).mean()
+    return loss, torch.stack([one.kept[-1] for one in soft]).mean()
+
+
+@contextmanager
+def _masked(model: nn.Module, layers: Sequence[str], soft: Sequence[Soft], temperature: float) -> Iterator[None]:
+    seam.register()
+    modules: list[Any] = [model.get_submodule(name) for name in layers]
+    for module, one in zip(modules, soft, strict=True):
+        one.temperature, one.kept = temperature, []
+        module.skipping = one
+        module.config._experts_implementation = seam.NAME
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.skipping
+
+
+def unpack(model: nn.Module) -> None:
+    """Packed experts and linear layers become ordinary ones, through which gradients flow."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for name, module in list(model.named_modules()):
+        packed = getattr(module, "packed", None)
+        if isinstance(module, PackedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype)
+            linear.weight = nn.Parameter(module.packed.dequantized(dtype)[0], requires_grad=False)
+            linear.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, linear)
+        elif isinstance(packed, PackedExperts):
+            weights = {p: packed.dequantized(p, dtype) for p in packed.layout.projections}
+            del module.packed
+            for key, value in parameters_from(weights, packed.layout).items():
+                setattr(module, key, nn.Parameter(value, requires_grad=False))
