@@ -217,8 +217,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
         for expert in watched.intersection(moments.experts):
             rounded = {}
             for p, scheme in ((p, schemes[p][expert]) for p in layout.projections):
-                slot, tensors = members[p, scheme.name].index(expert), dict(filled[p, scheme.name].named_buffers())
-                rounded[p] = decoded(scheme, tensors, layout.shape(p), settings.seed, slot)
+                slot = members[p, scheme.name].index(expert)
+                one = {name: tensor[slot : slot + 1] for name, tensor in filled[p, scheme.name].named_buffers()}
+                rounded[p] = decoded(scheme, one, layout.shape(p), settings.seed)
             weights = {p: moments.weights[p][expert - moments.experts[0]] for p in layout.projections}
             lost = output_errors(experts, layout, expert, capture.hidden, routed, weights, rounded)
             record["measured"].update({f"{moe.module}.{expert}.{p}": error for p, error in lost.items()})

@@ -45,18 +45,18 @@ def tried_layers(layers: Iterable[int]) -> list[int]:
     return spread(torch.tensor(sorted(layers)), TRIED_LAYERS).tolist()
 
 
-def decoded(scheme: Scheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], seed: int, slot: int = 0) -> torch.Tensor:
-    """The matrix at ``slot`` of a bank's ``tensors``, float32 [out, in]."""
+def decoded(scheme: Scheme, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """The matrix of a bank of one, float32 [out, in]."""
     one = make_bank(scheme, 1, *shape, torch.float32, seed)
     for name, buffer in one.named_buffers():
-        buffer.copy_(tensors[name][slot : slot + 1])
+        buffer.copy_(tensors[name])
     return one.dequantized(torch.float32)[0]
 
 
 def tried(module: nn.Module, layout: ExpertsLayout, moments: ExpertMoments, position: int, inputs: Mapping[str, Inputs], hidden: torch.Tensor,
           routed: Routed, expected: Mapping[str, torch.Tensor], schemes: Sequence[Scheme], settings: Settings) -> torch.Tensor:  # fmt: skip
     """Measured ÷ ``expected`` error, float64 [1, P, C], of the expert at ``position`` of a chunk, each matrix alone rounded in
-    every scheme; NaN where none is expected. inputs: of the chunk, by the names of its Hessians. expected: projection -> [n, C]."""
+    every scheme; NaN where there is none. inputs: of the chunk, by the names of its Hessians. expected: projection -> [n, C]."""
     weights = {name: stack[position] for name, stack in moments.weights.items()}
     alone = {name: one.take([position]) for name, one in inputs.items()}
     ratio = torch.full((len(layout.projections), len(schemes)), torch.nan, dtype=torch.float64)
@@ -70,13 +70,14 @@ def tried(module: nn.Module, layout: ExpertsLayout, moments: ExpertMoments, posi
             rounded[name] = decoded(fitted, found.bank.tensors(), layout.shape(name), settings.seed)
         lost = output_errors(module, layout, moments.experts[position], hidden, routed, weights, rounded)
         for p, name in enumerate(layout.projections):
-            ratio[p, c] = lost[name] / max(float(expected[name][position, c]), 1e-30)
+            if min(lost[name], awaited := float(expected[name][position, c])) > 0:
+                ratio[p, c] = lost[name] / awaited
     return ratio[None]
 
 
 def correction(ratios: Sequence[torch.Tensor]) -> torch.Tensor:
     """float64 [P, C]: what predictions are multiplied by, the geometric mean of the trials' ratios [n, P, C]; 1 where there are none."""
-    logs = torch.cat(list(ratios)).clamp_min(1e-6).log()
+    logs = torch.cat(list(ratios)).log()
     return logs.nanmean(0).nan_to_num(0).exp()
 
 

@@ -21,9 +21,9 @@ from moecompress.recipe import recipe_from
 
 pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 
-SETTINGS = ["calibration.sequences=40", "calibration.length=32", "calibration.heldout=8", "compute.micro_batch=8", "target.bits=2.8",
-            "allocate.compare=none", "allocate.candidates=[{bits: 2}, {code: trellis, bits: 2}, {bits: 3}]", "compute.dtype=float32"]  # fmt: skip
-REPAIR = "repair={router: true, steps: 16, rate: 0.01, batch: 8}"
+SETTINGS = ["calibration.sequences=20", "calibration.length=32", "calibration.heldout=4", "compute.micro_batch=8", "target.bits=2.8",
+            "allocate.compare=none", "allocate.candidates=[{bits: 2}, {bits: 3}]", "compute.dtype=float32"]  # fmt: skip
+REPAIR = "repair={router: true, steps: 12, rate: 0.01, batch: 4}"
 
 
 def job_of(model: Path, text: Path, *changes: str) -> Job:
@@ -48,7 +48,7 @@ def kl(folder: Path, original: Path, ids: torch.Tensor) -> float:
 
 def test_kl_falls_as_plain_transformers_measures_it(repaired, tiny_model: Path, text_file: Path) -> None:
     plain, out, record = repaired
-    ids = split_heldout(job_of(tiny_model, text_file).tokens, 8)[1].ids
+    ids = split_heldout(job_of(tiny_model, text_file).tokens, 4)[1].ids
     before, after = kl(plain, tiny_model, ids), kl(out, tiny_model, ids)
     assert record["kept"] and after < 0.99 * before
     assert (record["before"]["kl_mean"], record["after"]["kl_mean"]) == (pytest.approx(before, rel=1e-3), pytest.approx(after, rel=1e-3))
@@ -69,7 +69,7 @@ def test_only_routers_change_and_no_byte_is_added(repaired) -> None:
 def test_the_original_is_remembered_as_it_speaks(tiny_model: Path, text_file: Path, tmp_path: Path, repaired) -> None:
     """What trained the routers is what the original itself would have said."""
     job = job_of(tiny_model, text_file)
-    ids = split_heldout(job.tokens, 8)[1].ids[:2]
+    ids = split_heldout(job.tokens, 4)[1].ids[:2]
     known = repair.remember(job, [ids], tmp_path)
     student = AutoModelForCausalLM.from_pretrained(repaired[0], dtype=torch.float32)
     with torch.no_grad():
