@@ -1,4 +1,4 @@
-"""An archive is smaller, no checkpoint, and gives the very bytes back."""
+"""An archive is no checkpoint, and gives the very bytes back."""
 
 from __future__ import annotations
 
