@@ -58,7 +58,11 @@ class OpenModel:
             refuse_quantized(self.checkpoint)
         self.loader = Loader(self.model)
         self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader, stacks, moe)
-        self.layers: Sequence[nn.Module] = [self.model.get_submodule(name) for name in self.anatomy.layer_names]
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """All layers in the order of the forward pass: those that the model has now, steps may have put others in."""
+        return [self.model.get_submodule(name) for name in self.anatomy.layer_names]
 
     def load_layer(self, layer: int) -> None:
         """Bring the weights of one decoder layer in."""
