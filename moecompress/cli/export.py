@@ -14,7 +14,8 @@ def command(
     model: Annotated[Path, typer.Argument(help="A folder made by `moecompress quantize`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The exported folder; must not exist or be empty.")],
     format_: Annotated[
-        str, typer.Option("--format", help="dense: ordinary safetensors that plain transformers loads.")
+        str, typer.Option("--format", help="dense: ordinary safetensors that plain transformers loads; archive: ternary "
+                     "experts at their entropy, for storage; packed: an archive turned back, byte for byte.")
     ] = "dense",
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
     load_bits: LoadBits = None,
@@ -27,6 +28,10 @@ def command(
         moecompress export out -o out-dense --format dense
 
         moecompress export out -o out-fp16 --dtype float16
+
+        moecompress export out -o out-archive --format archive
+
+        moecompress export out-archive -o out-again --format packed
     """
     from moecompress.export import export
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from moecompress.errors import UserError
 
-#: format name -> module with `export(model, output, dtype, load_bits) -> record`
-FORMATS = {"dense": "moecompress.export.dense"}
+#: format name -> module and its function (model, output, dtype, load_bits) -> record
+FORMATS = {"dense": ("moecompress.export.dense", "export"), "archive": ("moecompress.export.archive", "export"),
+           "packed": ("moecompress.export.archive", "restore")}  # fmt: skip
 
 
 def export(model: Path, output: Path, name: str, dtype: str, load_bits: int | None = None) -> dict[str, Any]:
     if name not in FORMATS:
         raise UserError(f"Unknown export format {name!r}", expected=", ".join(FORMATS))
-    return import_module(FORMATS[name]).export(model, output, dtype, load_bits)
+    module, function = FORMATS[name]
+    return getattr(import_module(module), function)(model, output, dtype, load_bits)

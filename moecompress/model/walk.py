@@ -60,8 +60,8 @@ class OpenModel:
         self.anatomy: Anatomy = dissect(self.checkpoint, self.model, self.loader, stacks, moe)
 
     @property
-    def layers(self) -> list[nn.Module]:
-        """As they are now: a walk may put other modules in their places."""
+    def layers(self) -> Sequence[nn.Module]:
+        """All layers in the order of the forward pass: those that the model has now, steps may have put others in."""
         return [self.model.get_submodule(name) for name in self.anatomy.layer_names]
 
     def load_layer(self, layer: int) -> None:

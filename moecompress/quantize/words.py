@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 #: Thresholds grow by this power of (words needed / room) until the words fit; then the middle between is tried.
 POWER = 0.8
 #: Enough of the room used; and how often rounding is tried to reach that (not to make the words fit, which always ends).
-FULL, TRIALS = 0.97, 6
+FULL, TRIALS, FINAL_TRIALS = 0.97, 8, 3
+#: Rows of a large matrix that its thresholds are first looked for with.
+SOME = 32
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,24 @@ class Words:
 def encode(weights: torch.Tensor, inputs: Inputs | None, bits: float, refits: int) -> Words:
     """weights: float32 [n, o, i]; bits: a weight, of the words; inputs and refits as for `ternary.encode`."""
     prices, room = rate_prices(bits), dictionary.room(weights.shape[1], weights.shape[2], bits)
-    narrow = widening(weights, bits)
+    wide = widening(weights, bits)
+    if weights.shape[1] > 2 * SOME:  # rows are rounded on their own: some of them tell about where the others will fit
+        some = weights[:, :: weights.shape[1] // SOME]
+        _, wide = _fitted(some, inputs, prices, room * some.shape[1] // weights.shape[1], refits, wide, TRIALS)
+    coded, _ = _fitted(weights, inputs, prices, room, refits, wide, FINAL_TRIALS)
+    archived = rans.archive(coded.trits[: rans.MATRICES_AT_ONCE]).bits_per_weight
+    return Words(dictionary.pack(coded.trits, coded.levels, prices, room), coded.error, archived)
+
+
+def _fitted(weights: torch.Tensor, inputs: Inputs | None, prices: tuple[int, int], room: int, refits: int, narrow: torch.Tensor,
+            trials: int) -> tuple[ternary.Ternary, torch.Tensor]:  # fmt: skip
+    """Matrices whose words have room, and the thresholds of each [n], times QMoE's: ``narrow``, or wider by what it takes."""
     coded = ternary.encode(weights, inputs, "qmoe", refits, narrow)
     trits, levels, error = coded.trits, coded.levels, coded.error
     need = needed(trits, prices)  # with the thresholds `narrow`
-    used, enough = need.clone(), torch.full_like(narrow, torch.inf)  # `enough`: thresholds with which the words fit
+    narrow, used, enough = narrow.clone(), need.clone(), torch.full_like(narrow, torch.inf)  # `enough`: so wide that words fit
     for trial in itertools.count(1):
-        unfinished = (used > room) | ((used < FULL * room) & enough.isfinite() & torch.tensor(trial < TRIALS))
+        unfinished = (used > room) | ((used < FULL * room) & enough.isfinite() & torch.tensor(trial < trials))
         some = unfinished.nonzero().squeeze(1)
         if not len(some):
             break
@@ -57,8 +70,7 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, bits: float, refits: in
         took = some[fits]  # nearer to full than what fitted before
         enough[took], used[took] = wide[fits], words[fits]
         trits[took], levels[took], error[took] = found.trits[fits], found.levels[fits], found.error[fits]
-    archived = rans.archive(trits[: rans.MATRICES_AT_ONCE]).bits_per_weight
-    return Words(dictionary.pack(trits, levels, prices, room), error, archived)
+    return ternary.Ternary(trits, levels, error), enough.where(enough.isfinite(), narrow)
 
 
 def widening(weights: torch.Tensor, bits: float) -> torch.Tensor:

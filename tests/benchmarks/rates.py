@@ -1,6 +1,6 @@
 """Every code at every rate: size, divergence on unseen text, encoding time, One table, one command.
 
-    python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--markdown] [--only t2 b2g64a plan:2]
+    python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
 the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`). KL and perplexity as `moecompress evaluate` measures them, in
@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-METHODS = ["t0_5", "t0_75", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "b2g64a", "b2g64a_o1", "b3g64a",
-           "b3g64a_o1", "b4g64a",
-           "plan:1", "plan:1.5", "plan:2", "plan:2.5"]  # fmt: skip
+METHODS = ["t0_5", "t0_75", "d0_7", "d0_8", "d1", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "v2", "b2g64a", "b2g64a_o1",
+           "b3g64a", "b4g64a", "plan:1", "plan:1.5", "plan:2", "plan:2.5"]  # fmt: skip
 TRELLIS = ["t0_5", "t0_75", "t1", "t1_25", "t1_5", "t2", "t2_5", "t3", "t4"]
 
 
@@ -33,6 +32,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--evaluate", type=int, default=64, help="evaluation sequences")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--set", dest="changes", action="append", default=[], help="of the recipe, for all codes: quantize.refine=0")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     from moecompress.calibrate.data import token_batches
@@ -50,14 +50,14 @@ def main() -> None:
         print("| code | bits | bytes | KL | perplexity | top-1 | encoding, s |\n|---|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for method in given.only:
-            rows.append(run(given.model, method, tokens, unseen, reference, Path(folder)))
+            rows.append(run(given.model, method, tokens, unseen, reference, Path(folder), given.changes))
             if not given.json:
                 print(markdown(rows[-1]), flush=True)
     if given.json:
         print(json.dumps(rows))
 
 
-def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work: Path) -> dict:
+def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work: Path, changes: list[str]) -> dict:
     from moecompress import pipeline
     from moecompress.recipe import recipe_from
 
@@ -66,7 +66,7 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     names = TRELLIS if kind == "plan" else [kind]
     recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if kind == 'plan' else 'uniform'}",
                           f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
-                          "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16"])  # fmt: skip
+                          "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
     statistics = pipeline.calibrate(job, work / f"calibrate-{kind}")
     chosen, _ = pipeline.plan(job, statistics)
