@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-METHODS = ["t0_5", "t0_75", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "b2g64a", "b2g64a_o1", "b3g64a",
-           "b3g64a_o1", "b4g64a",
-           "plan:1", "plan:1.5", "plan:2", "plan:2.5"]  # fmt: skip
+METHODS = ["t0_5", "t0_75", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "v1", "v2", "b2g64a", "b2g64a_o1",
+           "b3g64a", "b3g64a_o1", "b4g64a", "plan:1", "plan:1.5", "plan:2", "plan:2.5"]  # fmt: skip
 TRELLIS = ["t0_5", "t0_75", "t1", "t1_25", "t1_5", "t2", "t2_5", "t3", "t4"]
 
 
