@@ -14,8 +14,8 @@ SHAPE = "mixtral, qwen3-30b-a3b, olmoe, deepseek-v3, or sizes: 4096x14336:2 (hid
 def command(
     shape: Annotated[str, typer.Option(help=SHAPE)] = "qwen3-30b-a3b",
     codes: Annotated[
-        str, typer.Option(help="How experts are stored, e.g. b4g64s (integers), t2 or t1_5 (trellis), ternary, sign.")
-    ] = "t1,t2,t3,ternary,b2g64s,b3g64s,b4g64s,b8g64s",
+        str, typer.Option(help="How experts are stored, e.g. b4g64s (integers), b2g64s_o1 (with outliers), t2 or t1_5 (trellis), v2 (vectors), ternary, sign.")
+    ] = "t1,t2,t3,ternary,b2g64s,b2g64s_o1,b3g64s,b4g64s,b8g64s",
     batch: Annotated[str, typer.Option(help="Tokens in a step; 1 is what generating text needs.")] = "1,4,16",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; as many as torch uses if not given.")] = None,
     memory: Annotated[float, typer.Option(min=0.1, help="GB that all weights together may take.")] = 4.0,

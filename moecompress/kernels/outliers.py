@@ -92,7 +92,7 @@ def _added(x: Tensor, slots: Tensor, bank: OutlierBank) -> Tensor:
 
 
 def added(x: Tensor, slots: Tensor, bank: OutlierBank) -> Tensor:
-    """As `_added`, by the library; everything on the CPU. Slots are checked there."""
+    """As `_added`, by the library; everything on the CPU, operands checked but for the slots."""
     segments = -(-bank.dense.cols // SEGMENT)
     padded = torch.nn.functional.pad(x.float(), (0, segments * SEGMENT - x.shape[1])).contiguous()
     segment = _segments(bank.dense.cols, bank.share)

@@ -55,9 +55,11 @@ def solve(off: torch.Tensor, hessian: torch.Tensor, index: torch.Tensor) -> torc
     for at, wanted in zip(index.split(step, 1), right.split(step, 1), strict=True):
         pairs = (at.unsqueeze(-1) * cols + at.unsqueeze(-2)).flatten(1)
         left = flat.gather(1, pairs).view(*at.shape, k)
-        parts.append(torch.linalg.solve_ex(left, wanted.unsqueeze(-1))[0].squeeze(-1))
-    solved = torch.cat(parts, 1)
-    return torch.where(torch.isfinite(solved), solved, off.gather(-1, index)).to(torch.bfloat16)
+        solved, failed = torch.linalg.solve_ex(left, wanted.unsqueeze(-1))
+        usable = (failed == 0).unsqueeze(-1) & torch.isfinite(solved.squeeze(-1))
+        parts.append(torch.where(usable, solved.squeeze(-1), off[:, : at.shape[1]].gather(-1, at)))
+        off = off[:, at.shape[1] :]
+    return torch.cat(parts, 1).to(torch.bfloat16)
 
 
 def without(weights: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

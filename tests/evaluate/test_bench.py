@@ -24,7 +24,7 @@ def run(*arguments: str):
 
 def test_numbers_agree_with_each_other():
     threads = torch.get_num_threads()
-    result = run("--shape", "128x64:2", "--codes", "b3g64a,t2,ternary,sign,b16", "--batch", "1,5", "--rounds", "3", "--memory", "0.1", "--json",
+    result = run("--shape", "128x64:2", "--codes", "b3g64a,b3g64a_o1,t2,v2,ternary,sign,b16", "--batch", "1,5", "--rounds", "3", "--memory", "0.1", "--json",
                  "--threads", "1")  # fmt: skip
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
@@ -32,14 +32,15 @@ def test_numbers_agree_with_each_other():
     assert record["bandwidth_gigabytes_per_second"] > 0
     rows = record["results"]
     assert [(r["batch"], r["weights"]) for r in rows] == [
-        (b, w) for b in (1, 5) for w in ("b3g64a", "t2", "ternary", "sign", "b16", "bfloat16", "float32")
+        (b, w) for b in (1, 5) for w in ("b3g64a", "b3g64a_o1", "t2", "v2", "ternary", "sign", "b16", "bfloat16", "float32")
     ]
     expert = 2 * stored_bytes(64, 128, 3, 64, False) + stored_bytes(128, 64, 3, 0, False)  # a group that holds the row needs no multipliers
     for row in rows:
         seconds = row["microseconds_per_token"] * row["batch"] / 1e6
         touched = row["experts_per_step"]
         assert 2 <= touched <= 2 * row["batch"]
-        size = {"b3g64a": expert, "t2": 3 * (128 * 64 // 4 + 4), "ternary": 2 * 64 * (26 + 4) + 128 * (13 + 4),
+        size = {"b3g64a": expert, "b3g64a_o1": expert + 3 * (64 + 64 + 128), "v2": 2 * 64 * (32 + 2) + 128 * (16 + 2),
+                "t2": 3 * (128 * 64 // 4 + 4), "ternary": 2 * 64 * (26 + 4) + 128 * (13 + 4),
                 "sign": 2 * 64 * (16 + 2) + 128 * (8 + 2), "b16": 3 * 128 * 64 * 2, "bfloat16": 3 * 128 * 64 * 2,
                 "float32": 3 * 128 * 64 * 4}[row["weights"]]  # fmt: skip
         assert row["gigabytes_per_second"] == pytest.approx(touched * size / seconds / 1e9)

@@ -54,7 +54,7 @@ def tokens(tiny_model, text_file):
     return token_batches(load_tokenizer(tiny_model), str(text_file), 6, 48)
 
 
-@pytest.mark.parametrize("target", ["target.bits=2.2", "target.bits=2.9", "target.bits=3.7", "target.size=180000", "target.size=200000"])
+@pytest.mark.parametrize("target", ["target.bits=2.8", "target.bits=2.9", "target.bits=3.7", "target.size=330000", "target.size=360000"])
 def test_no_plan_is_larger_than_its_target(target, tiny_model, tokens, folder):
     """On a model so small that the books of all schemes are a fifth of it."""
     recipe = recipe_from([target, f"allocate.candidates={CANDIDATES}", "calibration.heldout=2"])
