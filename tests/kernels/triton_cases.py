@@ -193,19 +193,19 @@ def as_on_a_gpu(monkeypatch):
 
 
 def test_a_layer_of_mixed_codes(monkeypatch, request):
-    config = Qwen3MoeConfig(hidden_size=40, moe_intermediate_size=36, num_experts=4, num_experts_per_tok=2)
+    config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2)
     config._experts_implementation = "eager"
     module = Qwen3MoeExperts(config)
-    contents = {name: {"b3g32a": 1, "t2": 2, "ternary": 1} for name in ("gate", "up", "down")}
+    contents = {name: {"b3g0a": 1, "t2": 2, "ternary": 1} for name in ("gate", "up", "down")}
     layer = PackedExperts(layout_of(module), contents, torch.bfloat16)
     for projection in contents:
         for code, bank in layer.banks(projection).items():
             made, _ = filled(code, len(bank.experts), bank.rows, bank.cols)
             for name, tensor in made.tensors().items():
                 getattr(bank, name).copy_(tensor * 0.1 if tensor.is_floating_point() else tensor)
-            bank.experts.copy_(torch.tensor({"b3g32a": [1], "t2": [0, 2], "ternary": [3]}[code]))
+            bank.experts.copy_(torch.tensor({"b3g0a": [1], "t2": [0, 2], "ternary": [3]}[code]))
     torch.manual_seed(0)
-    hidden, chosen, weights = torch.randn(2, 40) / 10, torch.tensor([[0, 1], [3, 1]]), torch.rand(2, 2)
+    hidden, chosen, weights = torch.randn(2, 16) / 10, torch.tensor([[0, 1], [3, 1]]), torch.rand(2, 2)
     expected = layer.forward_for(module, hidden, chosen, weights)
     request.getfixturevalue("as_on_a_gpu")
     monkeypatch.setattr(dispatch, "CROWDED", 0)  # on a GPU experts are taken together, however many tokens there are
