@@ -9,6 +9,8 @@ from itertools import product
 import pytest
 import torch
 import triton
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moecompress import kernels
 from moecompress.errors import UserError
@@ -17,10 +19,13 @@ from moecompress.kernels import triton as gpu
 from moecompress.kernels.triton import dictionary as dictionary_kernel
 from moecompress.kernels.triton import few_values, integers, launch, rotation
 from moecompress.kernels.triton import trellis as trellis_kernel
+from moecompress.model.experts import layout_of
 from moecompress.pack import dictionary, int_format, ternary, trellis
 from moecompress.pack import rotation as pack_rotation
 from moecompress.pack.scheme import Scheme
+from moecompress.runtime import dispatch, packed
 from moecompress.runtime.bank import TrellisBank, make_bank, turn
+from moecompress.runtime.packed import PackedExperts
 
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 ERROR = 2**-16 + 1e-6  # the first term: of an x that is taken as two bfloat16 numbers
@@ -185,6 +190,28 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(gpu, "ready", lambda device: True)
         for module, name in ((ops, "_native_ready"), (ternary_matmul, "_native_ready"), (trellis_matmul, "_ready")):
             monkeypatch.setattr(module, name, lambda: False)
+
+
+def test_a_layer_of_mixed_codes(monkeypatch, request):
+    config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    module = Qwen3MoeExperts(config)
+    contents = {name: {"b3g0a": 1, "t2": 2, "ternary": 1} for name in ("gate", "up", "down")}
+    layer = PackedExperts(layout_of(module), contents, torch.bfloat16)
+    for projection in contents:
+        for code, bank in layer.banks(projection).items():
+            made, _ = filled(code, len(bank.experts), bank.rows, bank.cols)
+            for name, tensor in made.tensors().items():
+                getattr(bank, name).copy_(tensor * 0.1 if tensor.is_floating_point() else tensor)
+            bank.experts.copy_(torch.tensor({"b3g0a": [1], "t2": [0, 2], "ternary": [3]}[code]))
+    torch.manual_seed(0)
+    hidden, chosen, weights = torch.randn(2, 16) / 10, torch.tensor([[0, 1], [3, 1]]), torch.rand(2, 2)
+    expected = layer.forward_for(module, hidden, chosen, weights)
+    request.getfixturevalue("as_on_a_gpu")
+    monkeypatch.setattr(dispatch, "CROWDED", 0)  # on a GPU experts are taken together, however many tokens there are
+    monkeypatch.setattr(packed, "by_expert", None)
+    found = layer.to(DEVICE).forward_for(module, hidden.to(DEVICE), chosen.to(DEVICE), weights.to(DEVICE)).cpu()
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
 
 
 def test_the_operators_run_these_kernels(as_on_a_gpu):
