@@ -58,7 +58,8 @@ class Weights:
 
     def stored(self) -> dict[str, torch.Tensor]:
         """What would be written, by parameter."""
-        return {name: value.to(self.dtypes[name]).cpu() for name, value in (dict(self._rounded(None)) | self.held()).items()}
+        held = self.held()
+        return {name: held.get(name, value).to(self.dtypes[name]).cpu() for name, value in self._rounded(None)}
 
     def held(self) -> dict[str, torch.Tensor]:
         """Rounded values that do not follow from the masters alone, by parameter."""

@@ -81,7 +81,7 @@ def test_quantizing_finds_the_trained_values_again(word: str, kind: str, method:
         assert torch.equal(found, trained)
     else:
         assert torch.equal(found, trained)
-        assert torch.equal(rounded(trained, scheme), trained), "training can go on from what was trained"
+        assert torch.equal(rounded(trained, scheme), trained), "rounding again changes nothing"
 
 
 def test_only_the_furthest_trits_move() -> None:
@@ -197,7 +197,7 @@ def test_a_useless_training_gives_rounded_experts(tiny_model: Path, text_file: P
     assert not torch.equal(after[name], before[name])
 
 
-def test_a_run_of_few_changes_goes_on_where_it_was_saved(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_run_of_few_changes_goes_on_where_it_was_saved(tiny_model: Path, tmp_path: Path) -> None:
     """The codes of a step depend on those before, which masters alone do not tell."""
     opened = OpenModel(tiny_model, torch.float32)
     dtypes = trained(opened, "experts")
