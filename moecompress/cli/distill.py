@@ -36,6 +36,9 @@ def command(
     qat: Annotated[
         str | None, typer.Option("--qat", help="Train the experts as what quantizing makes of them: ternary, sign, 2, 3, 4 or e.g. b3g128s.")
     ] = None,
+    qat_share: Annotated[
+        float | None, typer.Option("--qat-share", min=0, max=1, help="With --qat ternary: share of the codes that a step may change (PV), e.g. 0.01.")
+    ] = None,
     balance: Annotated[float, typer.Option("--balance", min=0, help="Weight of a loss that keeps all experts in use.")] = 0.0,
     rate: Annotated[float, typer.Option("--rate", min=0, help="Highest learning rate.")] = 1e-4,
     warmup: Annotated[float, typer.Option("--warmup", min=0, max=0.9, help="Share of the run in which it rises.")] = 0.05,
@@ -90,7 +93,7 @@ def command(
     if steps is None and minutes is None:
         minutes = MINUTES
     settings = Settings(steps, minutes, top_logits, cross_entropy, kd_share, rate, warmup, weight_decay, clip,
-                        made.compute.micro_batch, accumulate, check_every, made.compute.seed, qat, balance)  # fmt: skip
+                        made.compute.micro_batch, accumulate, check_every, made.compute.seed, qat, qat_share, balance)  # fmt: skip
     record = distill(model, teacher, output, made, settings, train, fresh=not resume, trust_remote_code=trust_remote_code)
     shown = without_tensors(record, output)
     if json_:

@@ -46,7 +46,10 @@ class Balance:
             if not torch.is_grad_enabled():
                 return
             chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            x = self.inputs.pop(layer)
+            x = self.inputs.pop(layer, None)
+            if x is None:
+                raise UserError(f"layer {layer} has no router that can be balanced", expected="one that is asked before its experts",
+                                remedy="leave --balance out")  # fmt: skip
             shares = F.one_hot(chosen.reshape(-1), experts).float().mean(0)
             wanted = F.linear(x.float(), gate.weight.float()).softmax(-1).reshape(-1, experts).mean(0)
             self.losses.append(experts * (shares * wanted).sum())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moecompress.calibrate.data import split_heldout, token_batches
-from moecompress.distill.qat import scheme_of
+from moecompress.distill.qat import refuse_share, scheme_of
 from moecompress.distill.state import Run, best
 from moecompress.distill.train import Settings, make_accelerator, measure, summary, train
 from moecompress.errors import UserError
@@ -125,7 +125,7 @@ def refuse_parts(what: str, settings: Settings) -> None:
         raise UserError("Unknown part of the model", expected=", ".join(ROLES) + ", or several joined by +", got=what,
                         remedy="pass one of them to --train")  # fmt: skip
     if settings.qat is not None:
-        scheme_of(settings.qat)
+        refuse_share(scheme_of(settings.qat), settings.qat_share)
         if not {"experts", "all"} & set(parts):
             raise UserError("Experts cannot be rounded without being trained", expected="experts among the trained parts",
                             got=f"--train {what}", remedy="pass --train experts+router or --train all, or leave --qat out")  # fmt: skip

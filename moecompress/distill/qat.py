@@ -45,27 +45,69 @@ def rounded(weights: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return gptq.values(gptq.rtn(weights, found), found)
 
 
+def moved(weights: torch.Tensor, current: torch.Tensor, share: float) -> torch.Tensor:
+    """Ternary matrices ``current`` [E, o, i] a step closer to ``weights``: few trits change, then the scale is fitted to them.
+
+    After PV-Tuning (arXiv:2405.14852): of the trits that rounding would change, only those that are furthest off may, at most
+    ``share`` of a matrix; then s = Σ w t / Σ t² is the scale of least squared error. Differs: the paper moves scales by their
+    own gradient; here both trits and scale follow the masters, which the gradient moved.
+    """
+    scale = current.abs().amax((1, 2), keepdim=True).clamp_min(ternary.SMALLEST)
+    trits = (current / scale).round()
+    wanted = (weights / scale).round().clamp(-1, 1)
+    distance = torch.where(wanted != trits, (weights - current).abs(), 0.0).flatten(1)
+    count = max(1, int(share * distance.shape[1]))
+    far = distance.topk(count, dim=1)
+    chosen = torch.zeros_like(distance, dtype=torch.bool).scatter_(1, far.indices, far.values > 0).view_as(weights)
+    trits = torch.where(chosen, wanted, trits)
+    fitted = (weights * trits).sum((1, 2), keepdim=True) / trits.square().sum((1, 2), keepdim=True).clamp_min(1)
+    return fitted.clamp_min(0).bfloat16().float() * trits
+
+
 @dataclass(frozen=True)
 class Rounding:
-    """What the experts of ``layers`` become on the grid of ``scheme``; other parameters stay."""
+    """What the experts of ``layers`` become on the grid of ``scheme``; other parameters stay.
+
+    share: None where every step rounds anew; else `moved` goes on from what the model has.
+    """
 
     scheme: Scheme
     layers: tuple[MoELayer, ...]
+    share: float | None = None
 
-    @classmethod
-    def of(cls, anatomy: Anatomy, scheme: Scheme) -> Rounding:
-        return cls(scheme, tuple(anatomy.moe.values()))
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that are rounded."""
+        return [f"{moe.module}.{name}" for moe in self.layers for name in moe.layout.parameters]
 
-    def __call__(self, masters: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters by name, the experts rounded, one layer at a time."""
+    def __call__(self, masters: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor] | None = None
+                 ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+        """Parameters by name, the experts rounded, one layer at a time. current: rounded ones to go on from, if there are."""
         others = dict(masters)
         for moe in self.layers:
-            own = {name: others.pop(f"{moe.module}.{name}") for name in moe.layout.parameters}
-            for name, tensor in _experts(own, moe.layout, self.scheme).items():
-                yield f"{moe.module}.{name}", tensor
+            names = {name: f"{moe.module}.{name}" for name in moe.layout.parameters}
+            new = _canonical({name: others.pop(full) for name, full in names.items()}, moe.layout)
+            if self.share is None or current is None:
+                found = {name: rounded(matrix, self.scheme) for name, matrix in new.items()}
+            else:
+                old = _canonical({name: current[full].detach().float() for name, full in names.items()}, moe.layout)
+                found = {name: moved(matrix, old[name], self.share) for name, matrix in new.items()}
+            for name, tensor in parameters_from(found, moe.layout).items():
+                yield names[name], tensor
         yield from others.items()
 
 
-def _experts(parameters: dict[str, torch.Tensor], layout: ExpertsLayout, scheme: Scheme) -> dict[str, torch.Tensor]:
-    weights = projections(SimpleNamespace(**parameters), layout)
-    return parameters_from({name: rounded(matrix.contiguous(), scheme) for name, matrix in weights.items()}, layout)
+def _canonical(parameters: dict[str, torch.Tensor], layout: ExpertsLayout) -> dict[str, torch.Tensor]:
+    return {name: matrix.contiguous() for name, matrix in projections(SimpleNamespace(**parameters), layout).items()}
+
+
+def refuse_share(scheme: Scheme, share: float | None) -> None:
+    """UserError where only a share of the codes may change, but codes cannot be told from values."""
+    if share is not None and scheme.code != TERNARY:
+        raise UserError("Only ternary experts can change a share of their codes at a time", expected="--qat ternary", got=f"--qat {scheme.name}",
+                        remedy="leave --qat-share out")  # fmt: skip
+
+
+def rounding_of(anatomy: Anatomy, word: str, share: float | None) -> Rounding:
+    """For `train.Settings.qat` and ``qat_share``."""
+    return Rounding(scheme_of(word), tuple(anatomy.moe.values()), share)

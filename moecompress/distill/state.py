@@ -39,6 +39,7 @@ class Weights:
         """``dtypes``: of the trained parameters, by name, on disk."""
         parameters = dict(model.named_parameters())
         self.dtypes, self.rounding = dtypes, rounding
+        self.placed = False  # does the model hold rounded values yet?
         self.own = {name: parameters[name] for name in dtypes}
         self.masters = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in self.own.items()}
 
@@ -51,16 +52,24 @@ class Weights:
     @torch.no_grad()
     def put(self) -> None:
         """Round the masters into the model."""
-        for name, value in self._values():
+        for name, value in self._rounded(self.own if self.placed else None):
             self.own[name].copy_(value.to(self.dtypes[name]))
+        self.placed = True
 
     def stored(self) -> dict[str, torch.Tensor]:
         """What would be written, by parameter."""
-        return {name: value.to(self.dtypes[name]).cpu() for name, value in self._values()}
+        held = self.held()
+        return {name: held.get(name, value).to(self.dtypes[name]).cpu() for name, value in self._rounded(None)}
 
-    def _values(self) -> Iterable[tuple[str, torch.Tensor]]:
+    def held(self) -> dict[str, torch.Tensor]:
+        """Rounded values that do not follow from the masters alone, by parameter."""
+        if self.rounding is None or self.rounding.share is None:
+            return {}
+        return {name: self.own[name].detach() for name in self.rounding.names}
+
+    def _rounded(self, current: Mapping[str, torch.Tensor] | None) -> Iterable[tuple[str, torch.Tensor]]:
         masters = {name: master.detach() for name, master in self.masters.items()}
-        return masters.items() if self.rounding is None else self.rounding(masters)
+        return masters.items() if self.rounding is None else self.rounding(masters, current)
 
 
 def save(folder: Path, run: Run, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
@@ -70,6 +79,7 @@ def save(folder: Path, run: Run, weights: Weights, optimizer: torch.optim.Optimi
         tensors[f"weight.{name}"] = master.detach().cpu()
         for key, value in optimizer.state.get(master, {}).items():
             tensors[f"{key}.{name}"] = value.cpu()
+    tensors |= {f"held.{name}": value.cpu() for name, value in weights.held().items()}
     write_shard(_step(folder, run.step), tensors)
     if run.best is not None and run.best_step == run.step:
         write_shard(_best(folder, run.step), weights.stored())
@@ -92,7 +102,12 @@ def load(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer) -> Ru
             if f"{key}.{name}" in entries:
                 value = read_entry(entries[f"{key}.{name}"])
                 optimizer.state[master][key] = value if key == "step" else value.to(master.device)
-    weights.put()
+    held = weights.held()
+    if not held:
+        weights.put()
+    with torch.no_grad():
+        for name, value in held.items():
+            value.copy_(read_entry(entries[f"held.{name}"]))
     return run
 
 

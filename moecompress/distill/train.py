@@ -14,7 +14,7 @@ from torch import nn
 
 from moecompress.distill.balance import Balance
 from moecompress.distill.loss import cross_entropy, divergence, targets
-from moecompress.distill.qat import Rounding, scheme_of
+from moecompress.distill.qat import rounding_of
 from moecompress.distill.state import Run, Weights, load, save
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, token_divergence
@@ -52,6 +52,8 @@ class Settings:
     seed: int = 0
     #: what experts are rounded to while they are trained (see `qat.scheme_of`); None: nothing
     qat: str | None = None
+    #: ternary experts: share of a matrix's codes that a step may change; None: as many as rounding changes
+    qat_share: float | None = None
     #: weight of the load-balance loss
     balance: float = 0.0
 
@@ -125,7 +127,7 @@ def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype]
     teacher.requires_grad_(False)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in dtypes)
-    rounding = Rounding.of(anatomy, scheme_of(settings.qat)) if settings.qat is not None and anatomy is not None else None
+    rounding = rounding_of(anatomy, settings.qat, settings.qat_share) if settings.qat is not None and anatomy is not None else None
     balance = Balance(student, anatomy) if settings.balance > 0 and anatomy is not None else None
     weights = Weights(student, dtypes, rounding)
     weights.put()

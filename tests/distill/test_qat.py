@@ -15,8 +15,8 @@ from moecompress.distill import folder as distilling
 from moecompress.distill.balance import Balance
 from moecompress.distill.folder import distill, trained
 from moecompress.distill.loss import divergence, targets
-from moecompress.distill.qat import Rounding, rounded, scheme_of
-from moecompress.distill.state import Weights
+from moecompress.distill.qat import moved, rounded, rounding_of, scheme_of
+from moecompress.distill.state import Run, Weights, load, save
 from moecompress.distill.train import Settings
 from moecompress.errors import UserError
 from moecompress.kernels import ops
@@ -81,7 +81,28 @@ def test_quantizing_finds_the_trained_values_again(word: str, kind: str, method:
         assert torch.equal(found, trained)
     else:
         assert torch.equal(found, trained)
-        assert torch.equal(rounded(trained, scheme), trained), "training can go on from what was trained"
+        assert torch.equal(rounded(trained, scheme), trained), "rounding again changes nothing"
+
+
+def test_only_the_furthest_trits_move() -> None:
+    """Against a loop over sorted distances; enough steps end where the scale and the trits agree."""
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(2, 6, 50, generator=generator)
+    current = rounded(weights + 0.5 * torch.randn(2, 6, 50, generator=generator), scheme_of("ternary"))
+    found = moved(weights, current, 0.02)
+    for now, old, w in zip(found, current, weights, strict=True):
+        scale, trits = float(old.abs().max()), old.sign().flatten()
+        wanted = (w.flatten() / scale).round().clamp(-1, 1)
+        ranked = sorted((i for i in range(300) if wanted[i] != trits[i]), key=lambda i: -abs(float(w.flatten()[i] - scale * trits[i])))
+        for i in ranked[:6]:
+            trits[i] = wanted[i]
+        assert torch.equal(now.sign().flatten(), trits)
+        least = float((w.flatten() * trits).sum() / trits.square().sum())
+        assert float(now.max()) == pytest.approx(least, rel=2**-8) and float(now.min()) == -float(now.max())
+    for _ in range(60):
+        found = moved(weights, found, 0.02)
+    assert torch.equal(moved(weights, found, 1.0), found)
+    assert float((found - weights).square().mean()) < float((rounded(weights, scheme_of("ternary")) - weights).square().mean())
 
 
 @pytest.mark.parametrize("word", ["8", "b16", "t2", "n4g64s", "b3g64a", "three"])
@@ -100,7 +121,7 @@ def test_the_gradient_is_straight_through(tiny_model: Path, text_file: Path) -> 
     ids = heldout(tiny_model, text_file)[:2]
     with torch.no_grad():
         known = targets(twin(input_ids=ids, use_cache=False).logits, 64)
-    weights = Weights(model, trained(opened, "experts"), Rounding.of(opened.anatomy, scheme_of("ternary")))
+    weights = Weights(model, trained(opened, "experts"), rounding_of(opened.anatomy, "ternary", None))
     weights.put()
     loss = divergence(model(input_ids=ids, use_cache=False).logits, *known).mean()
     loss.backward()
@@ -176,10 +197,38 @@ def test_a_useless_training_gives_rounded_experts(tiny_model: Path, text_file: P
     assert not torch.equal(after[name], before[name])
 
 
+def test_a_run_of_few_changes_goes_on_where_it_was_saved(tiny_model: Path, tmp_path: Path) -> None:
+    """The codes of a step depend on those before, which masters alone do not tell."""
+    opened = OpenModel(tiny_model, torch.float32)
+    dtypes = trained(opened, "experts")
+
+    def weights() -> tuple[Weights, torch.optim.Optimizer]:
+        made = Weights(distilling.load(tiny_model, torch.float32), dtypes, rounding_of(opened.anatomy, "ternary", 0.01))
+        made.put()
+        return made, torch.optim.AdamW(made.masters.values())
+
+    first, optimizer = weights()
+    before = first.stored()
+    with torch.no_grad():
+        for master in first.masters.values():
+            master += 0.1 * torch.randn(master.shape, generator=torch.Generator().manual_seed(0))
+    first.put()
+    flips = torch.cat([(first.stored()[name].sign() != before[name].sign()).flatten().float() for name in EXPERTS])
+    assert 0.005 < float(flips.mean()) <= 0.01
+    save(tmp_path, Run(step=1), first, optimizer)
+    second, optimizer = weights()
+    assert load(tmp_path, second, optimizer) == Run(step=1)
+    for _ in range(2):
+        assert all(torch.equal(second.stored()[name], first.stored()[name]) for name in EXPERTS)
+        first.put()
+        second.put()
+
+
 @pytest.mark.parametrize(("changes", "complaint"), [
     (["--train", "router", "--qat", "2"], "cannot be rounded without being trained"),
     (["--train", "experts+attention"], "Unknown part of the model"),
     (["--qat", "5"], "no storage scheme"),
+    (["--qat", "2", "--qat-share", 0.01], "Only ternary experts can change a share"),
 ])  # fmt: skip
 def test_refusals(changes: list, complaint: str, tiny_model: Path, tmp_path: Path, moecompress: Callable) -> None:
     ran = moecompress("distill", tiny_model, "--teacher", tiny_model, "-o", tmp_path / "out", "--steps", 1, *changes)
