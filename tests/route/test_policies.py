@@ -396,7 +396,7 @@ def test_dynamic_bits_saved_and_taken_away(nested: Path, tmp_path: Path) -> None
     route.remove(loaded)
     assert torch.equal(plain(loaded, ids), plain(load(head_class("qwen3_moe"), nested), ids))
     fewer = loading.load(tmp_path / "out", torch.float32, load_bits=2)  # has no bits to leave out, and no complaint
-    assert torch.equal(plain(fewer, ids), plain(loading.load(nested, torch.float32, load_bits=2), ids))
+    assert_close(plain(fewer, ids), plain(loading.load(nested, torch.float32, load_bits=2), ids), "at two bits")
     fewer.save_pretrained(tmp_path / "two")
     assert KEY not in json.loads((tmp_path / "two" / "config.json").read_text())
     assert_close(plain(loading.load(tmp_path / "two", torch.float32), ids), plain(fewer, ids), "saved at two bits")
