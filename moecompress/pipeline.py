@@ -214,7 +214,7 @@ def skipping(job: Job, ready: Path) -> dict[str, Any]:
         return OpenModel(ready, job.opened.dtype, job.trust_remote_code, prepare=prepare(ready, skipping=False))
 
     bench = Bench(opened, job.heldout, trace(opened(), job.heldout, "compressed on held-out text"))
-    pruners, training = learned(ready, opened(), calibration.ids, wish, job.trust_remote_code)
+    pruners, training = learned(ready, opened, calibration.ids, wish, job.trust_remote_code)
     chosen, points = choose(bench, calibration.batches, calibration.mask, wish, pruners)
     store(read_config(ready), chosen.policy, ready)
     after = load_and_measure(ready, job.heldout, job.given.reference, job.opened.dtype).summary()

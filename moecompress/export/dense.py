@@ -20,6 +20,7 @@ from moecompress.model.walk import OpenModel
 from moecompress.progress import track
 from moecompress.runtime.loading import is_packed, prepare, verify_files
 from moecompress.runtime.packed import PackedExperts, PackedLinear
+from moecompress.runtime.pruner import FILE
 from moecompress.runtime.skipping import KEY
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -55,6 +56,7 @@ def export(model: Path, output: Path, dtype: str, load_bits: int | None = None) 
             section.update({key: dtype for key in ("dtype", "torch_dtype") if key in section})
     write_text(work / "config.json", json.dumps(config, indent=2))
     copy_companions(model, work)
+    (work / FILE).unlink(missing_ok=True)  # the policy's, too
     OpenModel(work)  # accounts for every tensor of what was written, or says which one is wrong
     give_name(work, output)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))

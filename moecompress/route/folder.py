@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def route(model: str, output: Path, policy: str, share: float | None = None, tex
     before: dict[str, Any] = {} if reference is None else {"before": compare(opened(folder), batches, known, "before").summary()}
     bench = Bench(partial(opened, folder), batches, known)
     wish = Wish(policy, share, max_kl, renormalise, protect, steps)
-    pruners, training = learned(folder, opened(folder), used.ids, wish, trust_remote_code)
+    pruners, training = learned(folder, partial(opened, folder), used.ids, wish, trust_remote_code)
     chosen, points = choose(bench, used.ids.split(1), used.mask, wish, pruners)
     record = record_of(chosen, points) | training | before
     write(folder, output, chosen.policy, record)
@@ -83,16 +83,17 @@ def route(model: str, output: Path, policy: str, share: float | None = None, tex
     return {"output": str(output), **record, "curve": curve, "thresholds": thresholds}
 
 
-def learned(folder: Path, opened: OpenModel, ids: torch.Tensor, wish: Wish, trust_remote_code: bool = False
+def learned(folder: Path, opened: Callable[[], OpenModel], ids: torch.Tensor, wish: Wish, trust_remote_code: bool = False
             ) -> tuple[dict[str, Pruner] | None, dict[str, Any]]:  # fmt: skip
-    """What otp trains on token ids [N, L], and its record; nothing for the other policies. opened: the model in ``folder``."""
+    """What otp trains on token ids [N, L], and its record; nothing for the other policies. opened: gives the model in ``folder``."""
     if wish.policy != "otp":
         return None, {}
     share = OTP_SHARE if wish.skip is None else wish.skip
     renormalise = RENORMALISE["otp"] if wish.renormalise is None else wish.renormalise
     training = Training(share, wish.steps or Training.steps, renormalise=renormalise)
-    layers = [moe.module for moe in opened.anatomy.moe.values()]
-    pruners, record = learn(folder, layers, ids, training, opened.dtype, trust_remote_code)
+    skeleton = opened()
+    layers = [moe.module for moe in skeleton.anatomy.moe.values()]
+    pruners, record = learn(folder, layers, ids, training, skeleton.dtype, trust_remote_code)
     return pruners, {"training": record}
 
 
