@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
+from moecompress.model.experts import layout_of
 from moecompress.model.memory import forget
 from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
-from moecompress.pack.scheme import Scheme
+from moecompress.pack.scheme import DROPPED, Scheme
 from moecompress.progress import track
 from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.bank import PackedBank, make_bank
+from moecompress.runtime.graft import keep_only, sprout
 from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
 
 #: Group size of attention, shared-expert and dense matrices at 8 and 4 bits.
@@ -74,11 +76,15 @@ def role_bits(attention: int, shared: int, dense: int) -> dict[str, int]:
 
 @torch.no_grad()
 def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[str, list[Scheme]]],
-             linears: dict[str, Scheme], settings: Settings, work: Work, label: str = "quantize") -> dict[str, Any]:  # fmt: skip
+             linears: dict[str, Scheme], settings: Settings, work: Work, label: str = "quantize",
+             keys: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
     """Write every shard of the compressed model. Returns what was done, for the manifest.
 
-    plan: layer -> projection -> scheme of each expert. Finished layers are kept in ``work`` and not done again.
+    plan: layer -> projection -> scheme of each expert. keys: where it leaves experts out, the entries of the model's config
+    that say how many there are. Finished layers are kept in ``work`` and not done again.
     """
+    kept = {layer: kept_experts(schemes) for layer, schemes in plan.items() if any(DROPPED in s for s in schemes.values())}
+    smaller = {count: sprout(opened.model, keys or [], count) for count in {len(experts) for experts in kept.values()}}
     work.make()
     seam_on(opened)
     total = len(opened.layers)
@@ -88,14 +94,18 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
             start = walk.restore(work.state)
             for layer in track(walk.layers(start), label, total - start):
                 again = layer < total - 1  # the layer's outputs are needed once it is compressed
+                sliced = {}
+                if layer in kept:
+                    source, experts = smaller[len(kept[layer])], torch.tensor(kept[layer])
+                    sliced = keep_only(opened.model, opened.anatomy.moe[layer].module, source, experts)
                 with _remembering(walk, layer) if again and layer in plan else nullcontext():
                     record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
-                                             work.layer_shard(layer, total))  # fmt: skip
+                                             work.layer_shard(layer, total), kept.get(layer), sliced)  # fmt: skip
                     work.keep_record(layer, record)
                     outputs = [walk.run(lane) for lane in range(len(walk.waiting))] if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
-    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
+    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "kept": kept}
     for record in work.records(total):
         merged["errors"].update(record["errors"])
         merged["schemes"].update(record["schemes"])
@@ -104,12 +114,19 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
     return merged
 
 
+def kept_experts(schemes: dict[str, list[Scheme]]) -> list[int]:
+    """The experts of a layer that a plan does not leave out."""
+    return [expert for expert, scheme in enumerate(next(iter(schemes.values()))) if scheme != DROPPED]
+
+
 def _remembering(walk: Walk, layer: int):
     return walk.remembering(walk.opened.model.get_submodule(walk.opened.anatomy.moe[layer].module))
 
 
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
-                    linears: dict[str, Scheme], settings: Settings, shard: Path) -> dict[str, Any]:  # fmt: skip
+                    linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None = None,
+                    sliced: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:  # fmt: skip
+    """``kept``: the experts that are left, None: all; ``sliced``: tensors that became smaller with them, by parameter."""
     opened = walk.opened
     record: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
     tensors: dict[str, torch.Tensor] = {}
@@ -120,14 +137,18 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
         replaced.add(name + ".weight")
     if schemes is not None:
         moe = opened.anatomy.moe[layer]
+        moe = replace(moe, layout=layout_of(opened.model.get_submodule(moe.module)))
         capture = capture_layer(walk, moe, calibration)
-        tensors.update(_pack_experts(opened, moe, capture, schemes, calibration, settings, record))
+        numbers = kept or list(range(moe.layout.experts))
+        left = {p: [every[e] for e in numbers] for p, every in schemes.items()}
+        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
         if walk.memory is not None:
             _run_experts(walk, moe, capture)
     for info in opened.anatomy.of_layer(layer):
         if info.target not in replaced:
-            tensors[info.name] = opened.checkpoint.read(info.name)
+            part = (sliced or {}).get(info.target)
+            tensors[info.name] = opened.checkpoint.read(info.name) if part is None else part.to(info.dtype)
     write_shard(shard, tensors)
     return record
 
@@ -165,8 +186,10 @@ def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str,
 
 
 def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]],
-                  calibration: Calibration, settings: Settings, record: dict[str, Any]) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name."""
+                  calibration: Calibration, settings: Settings, record: dict[str, Any], numbers: list[int]
+                  ) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name. ``numbers``:
+    of the experts in the input, for the record."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for projection in layout.projections:
@@ -179,7 +202,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     used = [Scheme.parse(name) for name in {name for _, name in members}]
     chunk = chunk_size(layout, calibration.workspace_bytes)
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
-        experts_here = [f"{moe.module}.{e}" for e in moments.experts]
+        experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
         record["fallbacks"] += sorted(
             {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()}
@@ -190,7 +213,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 chosen[schemes[projection][expert]].append(position)
             for scheme, positions in chosen.items():
                 ids = [moments.experts[i] for i in positions]
-                names = [f"{moe.module}.{e}.{projection}" for e in ids]
+                names = [f"{moe.module}.{numbers[e]}.{projection}" for e in ids]
                 slots = [members[projection, scheme.name].index(e) for e in ids]
                 bank = filled[projection, scheme.name]
                 weights = moments.weights[projection][positions]
@@ -213,7 +236,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
         tensors.update({f"{where}.{key}": value for key, value in bank.named_buffers()})
     record["contents"][moe.module] = contents
     for projection in layout.projections:
-        record["schemes"].update({f"{moe.module}.{e}.{projection}": s.name for e, s in enumerate(schemes[projection])})
+        of_each = zip(numbers, schemes[projection], strict=True)
+        record["schemes"].update({f"{moe.module}.{e}.{projection}": s.name for e, s in of_each})
     return tensors
 
 

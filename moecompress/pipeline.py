@@ -11,7 +11,8 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 
 from moecompress.allocate.candidates import Unit, unit_id
-from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
+from moecompress.allocate.joint import Ladder, Level, joint_plan
+from moecompress.allocate.plan import Control, Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
 from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
-from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
+from moecompress.compress import Work, compress, kept_experts, linear_schemes, rest_shards, role_bits
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
 from moecompress.job import Job, finish, identity, open_work, refuse_full_disk, refuse_target, work_folder
@@ -32,7 +34,7 @@ from moecompress.model.anatomy import EXPERT, Anatomy
 from moecompress.model.checkpoint import copy_companions, read_config, write_index, write_text
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates
-from moecompress.pack.scheme import NESTED, Scheme
+from moecompress.pack.scheme import DROPPED, NESTED, Scheme
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
@@ -42,15 +44,20 @@ from moecompress.route.frontier import Bench
 from moecompress.runtime.bank import bank_tensors
 from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
+from moecompress.runtime.skipping import KEY
+from moecompress.transform.shed import thinning
+from moecompress.transform.shrink import with_number
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
+#: Above so many bits a weight, dropping experts has never been worth it, so "auto" does not measure it.
+DROP_BELOW = 2.25
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text. Plan and
-    statistics are of the model that transform steps left."""
+    """What a run did. ``chosen``: "plan", "bits" (all experts kept) or "uniform". ``measured``: label -> summary on held-out
+    calibration text. Plan and statistics are of the model that transform steps left."""
 
     folder: Path | None
     plan: Plan
@@ -64,37 +71,91 @@ class Result:
 
 
 def calibrate(job: Job, work: Path) -> Statistics:
+    thin = may_drop(job)
     if (work / "statistics.json").exists():
         statistics = Statistics.load(work)
-        if statistics.fingerprint == job.calibration.fingerprint() and statistics.schemes == [
-            s.name for s in job.schemes
-        ]:
+        if (statistics.fingerprint == job.calibration.fingerprint() and statistics.schemes == [s.name for s in job.schemes]
+                and statistics.thinned >= thin):  # fmt: skip
             return statistics
         shutil.rmtree(work)
-    statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work)
+    measure = partial(thinning, job.slicing) if thin else None
+    statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work, measure)
     statistics.save(work)
     return statistics
 
 
+def may_drop(job: Job) -> bool:
+    """Is leaving experts out among the candidates? UserError where the recipe insists and the model cannot."""
+    wish = job.recipe.allocate
+    if wish.drop is False or wish.allocator != "global":
+        return False
+    if wish.drop == "auto":
+        budget = expert_budget(job)
+        if budget is None or 8 * budget >= DROP_BELOW * job.given.opened.anatomy.expert_weights:
+            return False
+    try:
+        return bool(job.slicing.keys)
+    except UserError as error:
+        if wish.drop is True:
+            raise
+        notice(f"experts are not dropped, only rounded: {error.what}")
+        return False
+
+
 def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
     """The recipe's plan and the uniform plan of the same bytes."""
+    made, others = plans(job, statistics)
+    return made, others.get("uniform", made)
+
+
+def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
+    """The recipe's plan, and others of the same target: "bits", if the plan leaves experts out and keeping all of them is
+    possible, and "uniform"."""
     units, harm = units_of(job.opened, statistics)
     candidates = [Scheme.parse(name) for name in statistics.schemes]
     settings = job.recipe.allocate
-    budget = expert_budget(job, statistics)
-    if budget is not None and budget < (least := smallest_bytes(units, candidates, harm)):
+    budget = expert_budget(job)
+    least = smallest_bytes(units, candidates, harm)
+    joint = statistics.thinned and may_drop(job)
+    if budget is not None and budget < least and not joint:
         raise too_small(job, budget, least)
     factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None
     seed = job.recipe.compute.seed
 
-    def make(budget_bytes: int | None) -> Plan:
+    def bits_alone(budget_bytes: int | None) -> Plan:
         return make_plan(units, candidates, harm, budget_bytes, settings, factors=factors, seed=seed)
 
-    made = make(budget)
-    if job.recipe.target.size is not None and budget is not None:
-        made = use_whole_size(job, made, budget, job.recipe.target.size, make)
-    uniform = uniform_plan(units, candidates, harm, made.target_bytes)
-    return made, uniform
+    def jointly(budget_bytes: int | None) -> Plan:
+        assert budget_bytes is not None
+        return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes, settings, seed)
+
+    def made_by(make: Callable[[int | None], Plan]) -> Plan:
+        made = make(budget)
+        if job.recipe.target.size is not None and budget is not None:
+            made = use_whole_size(job, made, budget, job.recipe.target.size, make)
+        return made
+
+    made, others = made_by(jointly if joint else bits_alone), {}
+    if budget is None or budget >= least:
+        if made.dropped:
+            others["bits"] = made_by(bits_alone)
+        others["uniform"] = uniform_plan(units, candidates, harm, others.get("bits", made).target_bytes)
+    if made.dropped:
+        made = replace(made, controls={name: Control(other.bytes, other.harm) for name, other in others.items()})
+    return made, others
+
+
+def ladder_of(statistics: Statistics) -> Ladder:
+    """Layer -> the ways to thin it out, with predicted KL."""
+    ladder = {}
+    for index, layer in statistics.layers.items():
+        found = layer.thinning
+        assert found is not None
+        ladder[index] = [
+            Level(tuple(found.order[:size].tolist()), float(error) * layer.nats, growth.numpy())
+            for size, error, growth in zip(found.size.tolist(), found.error, found.growth, strict=True)
+        ]
+    return ladder
 
 
 def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False) -> Result:
@@ -105,30 +166,32 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     open_work(work, job.fingerprint(), fresh)
     job, steps = transformed(job, work)
     statistics = calibrate(job, work / "calibrate")
-    chosen_plan, uniform = plan(job, statistics)
+    chosen_plan, others = plans(job, statistics)
     if dry_run:
         return Result(None, chosen_plan, statistics, manifest={"steps": without_fates(steps)} if steps else {})
-    check_space(out, job, chosen_plan)
-    plans = {"plan": chosen_plan}
-    if job.recipe.allocate.compare == "uniform" and uniform.assignments() != chosen_plan.assignments():
-        plans["uniform"] = uniform
+    tried = {"plan": chosen_plan}
+    if job.recipe.allocate.compare == "uniform":
+        tried |= {label: other for label, other in others.items() if other.assignments() != chosen_plan.assignments()}
+    check_space(out, job, list(tried.values()))
     reference = job.given.reference
     measured: dict[str, Divergence] = {}
     manifests = {}
-    for label, each in plans.items():
+    for label, each in tried.items():
         folder = work / label
         manifests[label] = build(job, statistics, each, folder, label)
         measured[label] = load_and_measure(folder / "out", job.heldout, reference, job.opened.dtype)
     winner = min(measured, key=lambda label: float(measured[label].kl.mean()))
     summaries = {label: divergence.summary() for label, divergence in measured.items()}
-    if len(measured) == 2:
-        difference = (measured["plan"].kl - measured["uniform"].kl).mean(1)
-        summaries["plan_minus_uniform"] = {
+    for label in measured.keys() - {"plan"}:
+        difference = (measured["plan"].kl - measured[label].kl).mean(1)
+        summaries[f"plan_minus_{label}"] = {
             "kl_mean": float(difference.mean()),
             "kl_interval_95": list(bootstrap(difference)),
         }
-        if winner == "uniform":
-            notice("the uniform plan measured better than the allocated one; it is the one that was written")
+    if winner != "plan":
+        better = {"uniform": "the uniform plan", "bits": "the plan that keeps all experts"}[winner]
+        notice(f"{better} measured better than the allocated one; it is the one that was written")
+    refuse_far(job, tried[winner], summaries[winner])
     ready, manifest = work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}
     if job.recipe.route.policy != "none":
         manifest["routing"] = skipping(job, ready)
@@ -136,7 +199,7 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         manifest |= account(job, steps, manifest["tensors"])
     finish(ready, manifest, out)
     shutil.rmtree(work)
-    return Result(out, plans[winner], statistics, winner, summaries, manifest)
+    return Result(out, tried[winner], statistics, winner, summaries, manifest)
 
 
 def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: str) -> dict[str, Any]:
@@ -144,17 +207,22 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     opened, out = job.open(), folder / "out"
     q = job.recipe.quantize
     linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
-    done = compress(opened, job.calibration, by_layer(opened.anatomy, chosen), linears, job.settings,
-                    Work(out, folder / "state"), "quantize" if label == "plan" else "quantize, uniform plan")  # fmt: skip
+    schemes = by_layer(opened.anatomy, chosen)
+    done = compress(opened, job.calibration, schemes, linears, job.settings, Work(out, folder / "state"),
+                    {"plan": "quantize", "uniform": "quantize, uniform plan"}.get(label, "quantize, all experts"),
+                    job.slicing.keys if chosen.dropped else None)  # fmt: skip
     shards = sorted(out.glob("model-*.safetensors"))
     write_index(out, shards)
     dtype = str(opened.stored_dtype).removeprefix("torch.")
     names: dict[str, list[str]] = {}
     for name, scheme in linears.items():
         names.setdefault(scheme.name, []).append(name)
-    config = dict(opened.checkpoint.config)
+    config: dict[str, Any] = dict(opened.checkpoint.config)
+    fewer: dict[str, Any] = {}
+    if done["kept"]:
+        config, fewer = with_fewer(config, job, done["kept"])
     config["quantization_config"] = {"quant_method": METHOD, "version": FORMAT_VERSION, "dtype": dtype,
-                                     "experts": done["contents"], "linears": names, "rotation_seed": job.settings.seed}  # fmt: skip
+                                     "experts": done["contents"], "linears": names, "rotation_seed": job.settings.seed} | fewer  # fmt: skip
     write_text(out / "config.json", json.dumps(config, indent=2))
     copy_companions(job.folder, out)
     records = out / FOLDER
@@ -175,8 +243,45 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "fallbacks": done["fallbacks"],
         "errors": done["errors"],
         "schemes": done["schemes"],
-        "tensors": fates(opened.anatomy, done["schemes"]),
+        "dropped": {str(layer): gone for layer, gone in gone_experts(opened.anatomy, done["kept"]).items()},
+        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(opened.anatomy, done["kept"]),
+                         set(job.slicing.axes) if done["kept"] else set()),
     }  # fmt: skip
+
+
+def gone_experts(anatomy: Anatomy, kept: dict[int, list[int]]) -> dict[int, list[int]]:
+    """Layer -> the experts that a plan leaves out, for the layers where it does."""
+    return {layer: sorted(set(range(anatomy.moe[layer].layout.experts)) - set(left)) for layer, left in sorted(kept.items())}
+
+
+def with_fewer(config: dict[str, Any], job: Job, kept: dict[int, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json of a model whose layers keep these experts, and what its quantization_config says of them. Where all layers keep
+    equally many it is an ordinary config with another number."""
+    if config.pop(KEY, None):
+        notice("the model's routing policy was tuned for more experts and is left out; see `moecompress tune-routing`")
+    moe, keys = job.opened.anatomy.moe, job.slicing.keys
+    counts = {layer.module: len(kept[index]) if index in kept else layer.layout.experts for index, layer in moe.items()}
+    if len(set(counts.values())) == 1:
+        for key in keys:
+            config = with_number(config, key, next(iter(counts.values())))
+        return config, {}
+    changed = {moe[index].module: len(left) for index, left in sorted(kept.items())}
+    return config, {"fewer": {"keys": keys, "experts": changed}}
+
+
+def refuse_far(job: Job, chosen: Plan, measured: dict[str, Any]) -> None:
+    """UserError where the best result is further from the original than allocate.max_kl."""
+    limit, kl = job.recipe.allocate.max_kl, measured["kl_mean"]
+    if limit is None or kl <= limit:
+        return
+    harm: Counter[str] = Counter()
+    for choice in chosen.choices:
+        harm[choice.unit.split(".")[0]] += choice.harm  # type: ignore[assignment]
+    layer, worst = max(harm.items(), key=lambda item: item[1])
+    raise UserError("The result is too far from the original", expected=f"at most {limit:g} nats of KL on held-out text (allocate.max_kl)",
+                    got=f"{kl:.4g} nats; {worst / max(chosen.harm, 1e-30):.0%} of the predicted harm is in layer {int(layer[1:])}",
+                    remedy="raise the target, add candidates, or calibrate on text more like the model's use; with a larger "
+                    "max_kl, or null, the same command goes on from here")  # fmt: skip
 
 
 def skipping(job: Job, ready: Path) -> dict[str, Any]:
@@ -248,6 +353,8 @@ def written_bytes(job: Job, chosen: Plan) -> int:
     opened, q = job.opened, job.recipe.quantize
     linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
     schemes = by_layer(opened.anatomy, chosen)
+    axes = job.slicing.axes if chosen.dropped else {}
+    kept = {layer: len(kept_experts(of_layer)) for layer, of_layer in schemes.items()}
     total = sum(shard_bytes({info.name: (info.dtype, info.shape) for info in batch}) for batch in rest_shards(opened))
     for layer in range(opened.anatomy.num_layers):
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -257,12 +364,14 @@ def written_bytes(job: Job, chosen: Plan) -> int:
                 bank = bank_tensors(linears[linear], 1, info.shape[0], info.shape[1], opened.stored_dtype)
                 tensors.update({f"{linear}.packed.{name}": tensor for name, tensor in bank.items()})
             elif info.role != EXPERT:
-                tensors[info.name] = (info.dtype, info.shape)
+                left = kept.get(layer, 0) if info.target in axes else 0
+                shape = tuple(left if left and i == axes[info.target] else n for i, n in enumerate(info.shape))
+                tensors[info.name] = (info.dtype, shape)
         if layer in opened.anatomy.moe:
             moe = opened.anatomy.moe[layer]
             tensors[f"{moe.module}.down_proj"] = (torch.uint8, (1, 1, 1))
             for projection, chosen_schemes in schemes[layer].items():
-                for scheme, count in Counter(chosen_schemes).items():
+                for scheme, count in Counter(s for s in chosen_schemes if s != DROPPED).items():
                     where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"
                     bank = bank_tensors(scheme, count, *moe.layout.shape(projection), opened.stored_dtype)
                     tensors.update({f"{where}.{name}": tensor for name, tensor in bank.items()})
@@ -276,13 +385,13 @@ def index_bytes(anatomy: Anatomy) -> int:
     return sum(4 * moe.layout.experts * len(moe.layout.projections) for moe in anatomy.moe.values())
 
 
-def expert_budget(job: Job, statistics: Statistics) -> int | None:
+def expert_budget(job: Job) -> int | None:
     """Bytes that the banks of all experts may take, indices excluded."""
     target, anatomy = job.recipe.target, job.opened.anatomy
     if target.bits is not None:
         return int(target.bits * job.given.opened.anatomy.expert_weights / 8) - index_bytes(anatomy)
     if target.size is not None:
-        return target.size - fixed_bytes(job, statistics.schemes)
+        return target.size - fixed_bytes(job, [scheme.name for scheme in job.schemes])
     refuse_no_target(job.recipe)
     return None
 
@@ -337,9 +446,8 @@ def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
     )
 
 
-def check_space(out: Path, job: Job, chosen: Plan) -> None:
-    """Refuse before the long part when the disk cannot hold the result and the state for resuming."""
-    plans = 2 if job.recipe.allocate.compare == "uniform" else 1
+def check_space(out: Path, job: Job, tried: list[Plan]) -> None:
+    """Refuse before the long part when the disk cannot hold the results and the state for resuming."""
     hidden = job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
-    refuse_full_disk(out, plans * (chosen.bytes + fixed_bytes(job, [])) + hidden,
+    refuse_full_disk(out, sum(each.bytes + fixed_bytes(job, []) for each in tried) + hidden,
                      "free space, choose another -o, or set allocate.compare=none")  # fmt: skip

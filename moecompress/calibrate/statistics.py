@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,28 @@ THIN = 1.0
 
 
 @dataclass(frozen=True)
+class Thinning:
+    """What leaving experts out of a layer of E experts does, level by level (the first leaves none out).
+
+    order: int64 [N] experts, the first to go first. size: int64 [n] how many of them a level leaves out. error: float64 [n]
+    squared error of the layer's expert output, summed over the calibration tokens. growth: float64 [n, E] by what Σ g² of an
+    expert grows, since tokens are routed again.
+    """
+
+    order: torch.Tensor
+    size: torch.Tensor
+    error: torch.Tensor
+    growth: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """One MoE layer, E experts, P projections, C candidates.
 
     counts: int64 [E] tokens. gate_sum, gate_square: float64 [E], Σ g and Σ g². harm: float64 [E, P, C], expected squared
     error of the layer's expert output, summed over the calibration tokens. tokens: how many tokens the layer saw.
-    sensitivity: nats of final KL (summed over tokens) per unit of squared error of the layer's expert output.
+    sensitivity: nats of final KL (summed over tokens) per unit of squared error of the layer's expert output. thinning: None
+    if it was not measured.
     """
 
     counts: torch.Tensor
@@ -31,6 +48,12 @@ class LayerStatistics:
     harm: torch.Tensor
     tokens: int
     sensitivity: float
+    thinning: Thinning | None = None
+
+    @property
+    def nats(self) -> float:
+        """Predicted KL in nats per token, per unit of squared error."""
+        return self.sensitivity / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,11 @@ class Statistics:
     layers: dict[int, LayerStatistics]
     fingerprint: str
     text: str
+
+    @property
+    def thinned(self) -> bool:
+        """Was it measured what leaving experts out does?"""
+        return all(layer.thinning is not None for layer in self.layers.values())
 
     def unreached(self) -> list[tuple[int, int]]:
         """(layer, expert) pairs that no calibration token chose."""
@@ -57,7 +85,7 @@ class Statistics:
 
     def predicted_harm(self) -> dict[int, torch.Tensor]:
         """Layer -> [E, P, C] predicted KL in nats per token."""
-        return {index: layer.harm * (layer.sensitivity / max(1, layer.tokens)) for index, layer in self.layers.items()}
+        return {index: layer.harm * layer.nats for index, layer in self.layers.items()}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +93,8 @@ class Statistics:
         for index, layer in self.layers.items():
             for name in ("counts", "gate_sum", "gate_square", "harm"):
                 tensors[f"{index}.{name}"] = getattr(layer, name)
+            if layer.thinning is not None:
+                tensors |= {f"{index}.thinning.{name}": tensor for name, tensor in vars(layer.thinning).items()}
         write_shard(folder / "statistics.safetensors", tensors)
         record = {"version": 1, "schemes": self.schemes, "projections": self.projections, "fingerprint": self.fingerprint,
                   "text": self.text, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
@@ -85,8 +115,14 @@ class Statistics:
         layers = {
             int(index): LayerStatistics(
                 tensors[f"{index}.counts"], tensors[f"{index}.gate_sum"], tensors[f"{index}.gate_square"],
-                tensors[f"{index}.harm"], values["tokens"], values["sensitivity"],
+                tensors[f"{index}.harm"], values["tokens"], values["sensitivity"], thinning_of(tensors, f"{index}.thinning."),
             )
             for index, values in record["layers"].items()
         }  # fmt: skip
         return Statistics(record["schemes"], record["projections"], layers, record["fingerprint"], record["text"])
+
+
+def thinning_of(tensors: Mapping[str, torch.Tensor], prefix: str = "thinning.") -> Thinning | None:
+    """From the tensors whose names begin with ``prefix``, if there are any."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return Thinning(**found) if found else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,26 @@ MANIFEST = "manifest.json"
 LEFT_OUT = "left out"
 
 
-def fates(anatomy: Anatomy, schemes: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection)."""
+#: … and of one of an expert that the allocator left out.
+DROPPED = "dropped by plan"
+
+
+def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Sequence[int]] | None = None,
+          sliced: Collection[str] = ()) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection).
+    ``dropped``: layer -> experts that were left out; ``sliced``: parameters that become smaller with them."""
     result: dict[str, dict[str, Any]] = {}
     for info in anatomy.tensors:
         fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes}
         if info.role == EXPERT:
             module = info.target.rpartition(".")[0]
-            fate |= {"fate": "quantized", "into": f"{module}.packed"}
+            own = re.search(r"experts\.(\d+)\.", info.name)  # else all experts of the layer are in one tensor
+            if own and int(own[1]) in (dropped or {}).get(info.layer or 0, ()):
+                fate["fate"] = DROPPED
+            else:
+                fate |= {"fate": "quantized", "into": f"{module}.packed"}
+        elif info.target in sliced and info.layer in (dropped or {}):
+            fate["fate"] = "sliced"
         elif (linear := info.target.removesuffix(".weight")) in schemes:
             fate |= {"fate": "quantized", "into": f"{linear}.packed", "scheme": schemes[linear]}
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moecompress.errors import UserError
 from moecompress.recipe import TRELLIS_RATES
 
-INT, TRELLIS, TERNARY, SIGN, NESTED = "int", "trellis", "ternary", "sign", "nested"
+INT, TRELLIS, TERNARY, SIGN, NESTED, DROP = "int", "trellis", "ternary", "sign", "nested", "dropped"
 
 
 @dataclass(frozen=True, order=True)
@@ -50,6 +50,8 @@ class Scheme:
 
     def price(self, rows: int, cols: int, weights_dtype_bytes: int = 2) -> int:
         """Exact stored bytes of a ``rows`` × ``cols`` matrix. At 16 bits it keeps the input's dtype."""
+        if self.code == DROP:
+            return 0
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
@@ -66,7 +68,9 @@ class Scheme:
         return int_format.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric)
 
 
+#: Of an expert that is left out: no bytes. Only in plans; a checkpoint has no such bank.
+DROPPED = Scheme(0, code=DROP)
 _PLAIN = {
     scheme.name: scheme
-    for scheme in (Scheme(16), Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES))
+    for scheme in (Scheme(16), DROPPED, Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES))
 }

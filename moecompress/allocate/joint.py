@@ -1,0 +1,169 @@
+"""One budget for two levers: how many experts a layer keeps, and at how many bits. A layer comes with a ladder of *levels*, from
+all experts to few, each with the measured harm of leaving its experts out; on every level all that is left can have any bits.
+
+At a price λ of a byte the layers are independent, and inside a level so are the matrices: each layer takes the level with
+the least Σ min over candidates of harm + λ·bytes, plus the level's own harm. A bisection finds the λ of the budget (algorithm
+of Everett 1963), its dual value is a lower bound, and the levels that it passes through are then allocated exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moecompress.allocate.candidates import Candidate, Unit
+from moecompress.allocate.plan import Choice, Plan, make_plan, stored_bytes_and_harm
+from moecompress.allocate.solve import minimum_bytes, solve_lagrangian
+from moecompress.errors import UserError
+from moecompress.pack.scheme import DROPPED
+from moecompress.recipe import AllocateRecipe
+
+_BISECTIONS = 60
+#: Plans that are made in full to compare levels.
+_TRIALS = 96
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to thin out a layer of E experts. gone: experts that are left out, tokens being routed again among the rest.
+    harm: predicted harm of that, in the unit of the plan's. growth: float64 [E], by what the harm of rounding an expert grows,
+    since it serves more tokens then."""
+
+    gone: tuple[int, ...]
+    harm: float
+    growth: np.ndarray
+
+
+#: Layer -> its levels, the first of which leaves nothing out.
+Ladder = Mapping[int, Sequence[Level]]
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """A level as arrays: the units that are left, and their harm [units left, candidates]."""
+
+    left: np.ndarray
+    harm: np.ndarray
+    own: float
+
+
+def joint_plan(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.ndarray, ladder: Ladder, budget_bytes: int,
+               settings: AllocateRecipe, seed: int = 0) -> Plan:  # fmt: skip
+    """Choose levels and candidates together; units that are left out have the candidate "dropped" and no bytes.
+
+    harm: float64 (u, c), infinite where a candidate is not allowed. UserError if no level fits the budget.
+    """
+    price, harm = stored_bytes_and_harm(units, candidates, harm)
+    rungs = _rungs(units, harm, ladder)
+    levels, bound = best_levels(price, rungs, budget_bytes)
+    chosen = {layer: ladder[layer][level] for layer, level in zip(rungs, levels, strict=True)}
+    left = np.concatenate([rungs[layer][level].left for layer, level in zip(rungs, levels, strict=True)])
+    tail = np.concatenate([rungs[layer][level].harm for layer, level in zip(rungs, levels, strict=True)])
+    order = np.argsort(left, kind="stable")
+    left, tail = left[order], tail[order]
+    kept = make_plan([units[i] for i in left], candidates, tail, budget_bytes, settings, seed=seed)
+    plan = _with_dropped(kept, units, left, chosen)
+    bound = min(max(bound, 0.0), plan.harm)
+    return replace(plan, lower_bound=bound, gap=(plan.harm - bound) / plan.harm if plan.harm > 0 else 0.0)
+
+
+def best_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_bytes: int) -> tuple[tuple[int, ...], float]:
+    """Level of every layer, and a lower bound on the harm of any choice of levels and candidates."""
+    seen, bound = _on_the_way(price, rungs, budget_bytes)
+    best, value = None, np.inf
+    known: dict[tuple[int, ...], float] = {}
+
+    def harm_of(levels: tuple[int, ...]) -> float:
+        if levels not in known:
+            known[levels] = _harm(price, rungs, levels, budget_bytes)
+        return known[levels]
+
+    for levels in seen:
+        if harm_of(levels) < value:
+            best, value = levels, harm_of(levels)
+    if best is None:
+        raise UserError("the target is smaller than the smallest possible size of the experts, dropped ones left out",
+                        got=f"{budget_bytes:,} bytes", remedy="raise the target, or list a narrower candidate")  # fmt: skip
+    improved = True
+    while improved and len(known) < _TRIALS:  # one layer a rung up or down, the best of which is taken
+        around = [_moved(best, place, step) for place in range(len(best)) for step in (-1, 1)]
+        fitting = [levels for levels in around if all(0 <= n < len(r) for n, r in zip(levels, rungs.values(), strict=True))]
+        nearest = min(fitting, key=harm_of, default=best)
+        improved = harm_of(nearest) < value
+        if improved:
+            best, value = nearest, harm_of(nearest)
+    return best, bound
+
+
+def _moved(levels: tuple[int, ...], place: int, step: int) -> tuple[int, ...]:
+    return (*levels[:place], levels[place] + step, *levels[place + 1 :])
+
+
+def _rungs(units: Sequence[Unit], harm: np.ndarray, ladder: Ladder) -> dict[int, list[_Rung]]:
+    layers = np.array([unit.layer for unit in units])
+    experts = np.array([unit.expert for unit in units])
+    rungs: dict[int, list[_Rung]] = {}
+    for layer, levels in ladder.items():
+        rungs[layer] = []
+        for level in levels:
+            left = np.flatnonzero((layers == layer) & ~np.isin(experts, level.gone))
+            rungs[layer].append(_Rung(left, harm[left] * level.growth[experts[left]][:, None], level.harm))
+    return rungs
+
+
+def _on_the_way(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_bytes: int
+                ) -> tuple[list[tuple[int, ...]], float]:  # fmt: skip
+    """Levels that are optimal at some price of a byte, met in a bisection for the price of the budget; and the best dual value."""
+    seen: dict[tuple[int, ...], None] = {tuple(0 for _ in rungs): None}
+    bound, low, high = -np.inf, 1e-30, 1e6
+    for _ in range(_BISECTIONS):
+        middle = float(np.sqrt(low * high))
+        levels, size, value = _at_price(price, rungs, middle)
+        seen[levels] = None
+        bound = max(bound, value - middle * budget_bytes)
+        low, high = (middle, high) if size > budget_bytes else (low, middle)
+    seen[_at_price(price, rungs, 1e6)[0]] = None
+    return list(seen), bound
+
+
+def _at_price(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], of_a_byte: float) -> tuple[tuple[int, ...], int, float]:
+    """The best level of every layer, bytes, and harm plus price of all."""
+    levels, size, total = [], 0, 0.0
+    for options in rungs.values():
+        values, sizes = [], []
+        for rung in options:
+            cost = rung.harm + of_a_byte * price[rung.left]
+            choice = cost.argmin(1)
+            rows = np.arange(len(choice))
+            values.append(rung.own + float(cost[rows, choice].sum()))
+            sizes.append(int(price[rung.left][rows, choice].sum()))
+        best = int(np.argmin(values))
+        levels.append(best)
+        size, total = size + sizes[best], total + values[best]
+    return tuple(levels), size, total
+
+
+def _harm(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], levels: tuple[int, ...], budget_bytes: int) -> float:
+    """Least harm with these levels within the budget, infinite if they do not fit."""
+    parts = [options[level] for options, level in zip(rungs.values(), levels, strict=True)]
+    left, harm = np.concatenate([part.left for part in parts]), np.concatenate([part.harm for part in parts])
+    if minimum_bytes(price[left], harm) > budget_bytes:
+        return np.inf
+    return solve_lagrangian(price[left], harm, budget_bytes).harm + sum(part.own for part in parts)
+
+
+def _with_dropped(kept: Plan, units: Sequence[Unit], left: np.ndarray, chosen: Mapping[int, Level]) -> Plan:
+    """The plan of the units that are ``left``, with the others in their places and their levels' harm on them."""
+    of_kept = dict(zip(left.tolist(), kept.choices, strict=True))
+    missing = [unit for index, unit in enumerate(units) if index not in of_kept]
+    each = {layer: sum(unit.layer == layer for unit in missing) for layer in chosen}
+    choices = tuple(
+        of_kept[index] if index in of_kept
+        else Choice(unit.id, DROPPED.name, unit.rows, unit.cols, 0, chosen[unit.layer].harm / each[unit.layer])
+        for index, unit in enumerate(units)
+    )  # fmt: skip
+    if not missing:
+        return kept
+    return replace(kept, choices=choices, candidates=(*kept.candidates, DROPPED.name), controls={})
