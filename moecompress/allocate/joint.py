@@ -58,6 +58,8 @@ def joint_plan(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.
     price, harm = stored_bytes_and_harm(units, candidates, harm)
     rungs = _rungs(units, harm, ladder)
     levels, bound = best_levels(price, rungs, budget_bytes)
+    if settings.solver == "milp" and settings.granularity == "expert":
+        levels = exact_levels(price, rungs, budget_bytes) or levels
     chosen = {layer: ladder[layer][level] for layer, level in zip(rungs, levels, strict=True)}
     left = np.concatenate([rungs[layer][level].left for layer, level in zip(rungs, levels, strict=True)])
     tail = np.concatenate([rungs[layer][level].harm for layer, level in zip(rungs, levels, strict=True)])
@@ -95,6 +97,34 @@ def best_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_
         if improved:
             best, value = nearest, harm_of(nearest)
     return best, bound
+
+
+def exact_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_bytes: int, gap: float = 1e-4,
+                 time_limit_s: float = 60.0) -> tuple[int, ...] | None:  # fmt: skip
+    """The levels of the best choice of levels and candidates by branch and bound (PuLP, HiGHS), None where none was found."""
+    import pulp
+
+    problem = pulp.LpProblem("experts_and_bits", pulp.LpMinimize)
+    scale = max(float(np.max([rung.harm[np.isfinite(rung.harm)].max() for r in rungs.values() for rung in r if rung.harm.size])), 1e-300)
+    harm, size, taken = [], [], {}
+    for layer, options in rungs.items():
+        for level, rung in enumerate(options):
+            here = taken[layer, level] = problem.add_variable(f"z_{layer}_{level}", cat=pulp.LpBinary)
+            harm.append(here * (rung.own / scale))
+            for row, unit in enumerate(rung.left.tolist()):
+                allowed = np.flatnonzero(np.isfinite(rung.harm[row])).tolist()
+                x = {c: problem.add_variable(f"x_{layer}_{level}_{unit}_{c}", cat=pulp.LpBinary) for c in allowed}
+                problem += pulp.lpSum(x.values()) == here  # a matrix has one candidate on the level that is taken, else none
+                harm += [v * float(rung.harm[row, c] / scale) for c, v in x.items()]
+                size += [v * (float(price[unit, c]) / budget_bytes) for c, v in x.items()]
+        problem += pulp.lpSum(taken[layer, level] for level in range(len(options))) == 1
+    problem += pulp.lpSum(harm)
+    problem += pulp.lpSum(size) <= 1
+    problem.solve(pulp.HiGHS(msg=False, gapRel=gap, timeLimit=time_limit_s, threads=1))
+    if any(z.varValue is None for z in taken.values()):
+        return None
+    levels = tuple(max(range(len(options)), key=lambda n: taken[layer, n].varValue) for layer, options in rungs.items())  # noqa: B023
+    return levels if np.isfinite(_harm(price, rungs, levels, budget_bytes)) else None
 
 
 def _moved(levels: tuple[int, ...], place: int, step: int) -> tuple[int, ...]:
