@@ -92,7 +92,7 @@ def test_a_wrong_count_is_refused(thinned, tmp_path):
     config["quantization_config"]["fewer"]["experts"][name] += 1
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "moecompress" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="does not have the shape|damaged"):
+    with pytest.raises(UserError, match=r"does not have the shape|damaged"):
         AutoModelForCausalLM.from_pretrained(copy)
 
 

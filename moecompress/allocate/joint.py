@@ -123,7 +123,7 @@ def exact_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget
     problem.solve(pulp.HiGHS(msg=False, gapRel=gap, timeLimit=time_limit_s, threads=1))
     if any(z.varValue is None for z in taken.values()):
         return None
-    levels = tuple(max(range(len(options)), key=lambda n: taken[layer, n].varValue) for layer, options in rungs.items())  # noqa: B023
+    levels = tuple(max(range(len(options)), key=lambda n: taken[layer, n].varValue) for layer, options in rungs.items())
     return levels if np.isfinite(_harm(price, rungs, levels, budget_bytes)) else None
 
 
