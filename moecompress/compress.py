@@ -77,13 +77,16 @@ def role_bits(attention: int, shared: int, dense: int) -> dict[str, int]:
 @torch.no_grad()
 def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[str, list[Scheme]]],
              linears: dict[str, Scheme], settings: Settings, work: Work, label: str = "quantize",
-             keys: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
+             keys: list[str] | None = None, shared: dict[int, Shared] | None = None) -> dict[str, Any]:  # fmt: skip
     """Write every shard of the compressed model. Returns what was done, for the manifest.
 
     plan: layer -> projection -> scheme of each expert. keys: where it leaves experts out, the entries of the model's config
-    that say how many there are. Finished layers are kept in ``work`` and not done again.
+    that say how many there are. shared: layers whose router stays as it is, and in which others serve for experts that are
+    left out. Finished layers are kept in ``work`` and not done again.
     """
-    kept = {layer: kept_experts(schemes) for layer, schemes in plan.items() if any(DROPPED in s for s in schemes.values())}
+    shared = shared or {}
+    kept = {layer: kept_experts(schemes) for layer, schemes in plan.items()
+            if layer not in shared and any(DROPPED in s for s in schemes.values())}  # fmt: skip
     smaller = {count: sprout(opened.model, keys or [], count) for count in {len(experts) for experts in kept.values()}}
     work.make()
     seam_on(opened)
@@ -98,20 +101,51 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
                 if layer in kept:
                     source, experts = smaller[len(kept[layer])], torch.tensor(kept[layer])
                     sliced = keep_only(opened.model, opened.anatomy.moe[layer].module, source, experts)
+                if layer in shared:
+                    sliced = share_biases(opened, opened.anatomy.moe[layer], shared[layer])
                 with _remembering(walk, layer) if again and layer in plan else nullcontext():
                     record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
-                                             work.layer_shard(layer, total), kept.get(layer), sliced)  # fmt: skip
+                                             work.layer_shard(layer, total), kept.get(layer), sliced, shared.get(layer))  # fmt: skip
+                    record["changed"] = sorted(sliced)
                     work.keep_record(layer, record)
                     outputs = [walk.run(lane) for lane in range(len(walk.waiting))] if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
-    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "kept": kept}
+    merged: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}, "kept": kept, "changed": []}
     for record in work.records(total):
         merged["errors"].update(record["errors"])
         merged["schemes"].update(record["schemes"])
         merged["contents"].update(record["contents"])
         merged["fallbacks"] += record["fallbacks"]
+        merged["changed"] += record["changed"]
     return merged
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Whose matrices serve each of a layer's E experts. into: int64 [E], -1: nobody's; factor: float32 [E] of their output."""
+
+    into: torch.Tensor
+    factor: torch.Tensor
+
+    def apply(self, capture: Capture) -> Capture:
+        """What the experts that are left are given; E: nobody is."""
+        into = torch.where(self.into < 0, len(self.into), self.into)
+        weights = capture.weights * self.factor[capture.chosen].to(capture.weights.dtype)
+        return replace(capture, chosen=into[capture.chosen], weights=weights)
+
+
+def share_biases(opened: OpenModel, moe: MoELayer, shared: Shared) -> dict[str, torch.Tensor]:
+    """Biases of experts become those of the experts that serve for them, for tools that take every expert for itself (the
+    dense export). Returns them by parameter."""
+    module = opened.model.get_submodule(moe.module)
+    names = {f"{moe.module}.{name}" for name in layout_of(module).parameters}
+    changed = {}
+    for name, tensor in module.state_dict(prefix=moe.module + ".").items():
+        if name not in names and len(tensor) == len(shared.into):
+            tensor = tensor[shared.into.clamp_min(0)]
+            changed[name] = tensor * shared.factor[:, None].to(tensor.dtype) if "down" in name else tensor
+    return changed
 
 
 def kept_experts(schemes: dict[str, list[Scheme]]) -> list[int]:
@@ -125,8 +159,8 @@ def _remembering(walk: Walk, layer: int):
 
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
                     linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None = None,
-                    sliced: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:  # fmt: skip
-    """``kept``: the experts that are left, None: all; ``sliced``: tensors that became smaller with them, by parameter."""
+                    sliced: dict[str, torch.Tensor] | None = None, shared: Shared | None = None) -> dict[str, Any]:  # fmt: skip
+    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with them, by parameter."""
     opened = walk.opened
     record: dict[str, Any] = {"errors": {}, "fallbacks": [], "schemes": {}, "contents": {}}
     tensors: dict[str, torch.Tensor] = {}
@@ -141,7 +175,9 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
         capture = capture_layer(walk, moe, calibration)
         numbers = kept or list(range(moe.layout.experts))
         left = {p: [every[e] for e in numbers] for p, every in schemes.items()}
-        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers))
+        if shared is not None:
+            capture = shared.apply(capture)
+        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, shared))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
         if walk.memory is not None:
             _run_experts(walk, moe, capture)
@@ -186,15 +222,16 @@ def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str,
 
 
 def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]],
-                  calibration: Calibration, settings: Settings, record: dict[str, Any], numbers: list[int]
-                  ) -> dict[str, torch.Tensor]:  # fmt: skip
+                  calibration: Calibration, settings: Settings, record: dict[str, Any], numbers: list[int],
+                  shared: Shared | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name. ``numbers``:
     of the experts in the input, for the record."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for projection in layout.projections:
         for expert, scheme in enumerate(schemes[projection]):
-            members[projection, scheme.name].append(expert)
+            if scheme != DROPPED:
+                members[projection, scheme.name].append(expert)
     contents = {
         p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections
     }
@@ -205,12 +242,14 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
         experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
         record["fallbacks"] += sorted(
-            {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()}
+            {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()
+             if DROPPED not in (schemes[p][moments.experts[i]] for p in layout.projections)}
         )
         for projection in layout.projections:
             chosen: dict[Scheme, list[int]] = defaultdict(list)
             for position, expert in enumerate(moments.experts):
-                chosen[schemes[projection][expert]].append(position)
+                if schemes[projection][expert] != DROPPED:
+                    chosen[schemes[projection][expert]].append(position)
             for scheme, positions in chosen.items():
                 ids = [moments.experts[i] for i in positions]
                 names = [f"{moe.module}.{numbers[e]}.{projection}" for e in ids]
@@ -228,6 +267,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
+    if shared is not None:
+        packed.into, packed.share = shared.into.to(torch.int32), shared.factor.float()
+        tensors |= {f"{moe.module}.packed.into": packed.into, f"{moe.module}.packed.share": packed.share}
     for (projection, name), found in members.items():
         bank = filled[projection, name]
         bank.register_buffer("experts", torch.tensor(found, dtype=torch.int32))

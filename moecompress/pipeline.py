@@ -25,7 +25,7 @@ from moecompress.allocate.plan import Control, Plan, make_plan, smallest_bytes, 
 from moecompress.allocate.pmq import Factors
 from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
-from moecompress.compress import Work, compress, kept_experts, linear_schemes, rest_shards, role_bits
+from moecompress.compress import Shared, Work, compress, kept_experts, linear_schemes, rest_shards, role_bits
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
 from moecompress.job import Job, finish, identity, open_work, refuse_full_disk, refuse_target, work_folder
@@ -38,14 +38,14 @@ from moecompress.pack.scheme import DROPPED, NESTED, Scheme
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
-from moecompress.recipe import Recipe
+from moecompress.recipe import Recipe, expert_of
 from moecompress.route.folder import choose, record_of, store
 from moecompress.route.frontier import Bench
 from moecompress.runtime.bank import bank_tensors
 from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 from moecompress.runtime.skipping import KEY
-from moecompress.transform.shed import thinning
+from moecompress.transform.shed import Slicing, thinning
 from moecompress.transform.shrink import with_number
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
@@ -78,14 +78,23 @@ def calibrate(job: Job, work: Path) -> Statistics:
                 and statistics.thinned >= thin):  # fmt: skip
             return statistics
         shutil.rmtree(work)
-    measure = partial(thinning, job.slicing) if thin else None
+    measure = partial(thinning, ways_of(job)) if thin else None
     statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work, measure)
     statistics.save(work)
     return statistics
 
 
+def ways_of(job: Job) -> Slicing | None:
+    """How layers get fewer experts to route to; None where this family cannot, and only matrices can be shared."""
+    try:
+        return job.slicing
+    except UserError as error:
+        notice(f"this model's routers cannot do with fewer experts ({error.what}): experts that are left out are served by others")
+        return None
+
+
 def may_drop(job: Job) -> bool:
-    """Is leaving experts out among the candidates? UserError where the recipe insists and the model cannot."""
+    """Is leaving experts out among the candidates?"""
     wish = job.recipe.allocate
     if wish.drop is False or wish.allocator != "global":
         return False
@@ -93,13 +102,7 @@ def may_drop(job: Job) -> bool:
         budget = expert_budget(job)
         if budget is None or 8 * budget >= DROP_BELOW * job.given.opened.anatomy.expert_weights:
             return False
-    try:
-        return bool(job.slicing.keys)
-    except UserError as error:
-        if wish.drop is True:
-            raise
-        notice(f"experts are not dropped, only rounded: {error.what}")
-        return False
+    return True
 
 
 def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
@@ -127,7 +130,8 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
 
     def jointly(budget_bytes: int | None) -> Plan:
         assert budget_bytes is not None
-        return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes, settings, seed)
+        tables = 8 * sum(moe.layout.experts for moe in job.opened.anatomy.moe.values())  # of who serves for whom
+        return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes - tables, settings, seed)
 
     def made_by(make: Callable[[int | None], Plan]) -> Plan:
         made = make(budget)
@@ -147,14 +151,15 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
 
 def ladder_of(statistics: Statistics) -> Ladder:
     """Layer -> the ways to thin it out, with predicted KL."""
-    ladder = {}
+    ladder: dict[int, list[Level]] = {}
     for index, layer in statistics.layers.items():
         found = layer.thinning
         assert found is not None
-        ladder[index] = [
-            Level(tuple(found.order[:size].tolist()), float(error) * layer.nats, growth.numpy())
-            for size, error, growth in zip(found.size.tolist(), found.error, found.growth, strict=True)
-        ]
+        ladder[index] = []
+        for into, share, again, error, growth in zip(*vars(found).values(), strict=True):
+            gone = (into != torch.arange(len(into))).nonzero().flatten()
+            serving = zip(into[gone].tolist(), share[gone].tolist(), strict=True)
+            ladder[index].append(Level(tuple(gone.tolist()), float(error) * layer.nats, growth.numpy(), () if again else tuple(serving)))
     return ladder
 
 
@@ -210,7 +215,7 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     schemes = by_layer(opened.anatomy, chosen)
     done = compress(opened, job.calibration, schemes, linears, job.settings, Work(out, folder / "state"),
                     {"plan": "quantize", "uniform": "quantize, uniform plan"}.get(label, "quantize, all experts"),
-                    job.slicing.keys if chosen.dropped else None)  # fmt: skip
+                    job.slicing.keys if routed_again(opened.anatomy, chosen) else None, shared_by(opened.anatomy, chosen))  # fmt: skip
     shards = sorted(out.glob("model-*.safetensors"))
     write_index(out, shards)
     dtype = str(opened.stored_dtype).removeprefix("torch.")
@@ -243,15 +248,32 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "fallbacks": done["fallbacks"],
         "errors": done["errors"],
         "schemes": done["schemes"],
-        "dropped": {str(layer): gone for layer, gone in gone_experts(opened.anatomy, done["kept"]).items()},
-        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(opened.anatomy, done["kept"]),
-                         set(job.slicing.axes) if done["kept"] else set()),
+        "dropped": {str(layer): gone for layer, gone in gone_experts(schemes).items()},
+        "shared": {expert: list(by) for expert, by in sorted(chosen.shared.items())},
+        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(schemes), done["changed"]),
     }  # fmt: skip
 
 
-def gone_experts(anatomy: Anatomy, kept: dict[int, list[int]]) -> dict[int, list[int]]:
+def gone_experts(schemes: dict[int, dict[str, list[Scheme]]]) -> dict[int, list[int]]:
     """Layer -> the experts that a plan leaves out, for the layers where it does."""
-    return {layer: sorted(set(range(anatomy.moe[layer].layout.experts)) - set(left)) for layer, left in sorted(kept.items())}
+    gone = {layer: sorted(set(range(len(next(iter(s.values()))))) - set(kept_experts(s))) for layer, s in schemes.items()}
+    return {layer: experts for layer, experts in gone.items() if experts}
+
+
+def routed_again(anatomy: Anatomy, chosen: Plan) -> list[int]:
+    """Layers whose routers know fewer experts."""
+    return sorted(gone_experts(by_layer(anatomy, chosen)).keys() - shared_by(anatomy, chosen).keys())
+
+
+def shared_by(anatomy: Anatomy, chosen: Plan) -> dict[int, Shared]:
+    """Layers whose routers stay as they are, while others serve for the experts that are left out."""
+    found: dict[int, Shared] = {}
+    for name, (by, factor) in chosen.shared.items():
+        layer, expert = expert_of(name)
+        experts = anatomy.moe[layer].layout.experts
+        one = found.setdefault(layer, Shared(torch.arange(experts), torch.ones(experts)))
+        one.into[expert], one.factor[expert] = by, factor
+    return found
 
 
 def with_fewer(config: dict[str, Any], job: Job, kept: dict[int, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -353,8 +375,9 @@ def written_bytes(job: Job, chosen: Plan) -> int:
     opened, q = job.opened, job.recipe.quantize
     linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
     schemes = by_layer(opened.anatomy, chosen)
-    axes = job.slicing.axes if chosen.dropped else {}
-    kept = {layer: len(kept_experts(of_layer)) for layer, of_layer in schemes.items()}
+    again, shared = routed_again(opened.anatomy, chosen), shared_by(opened.anatomy, chosen)
+    axes = job.slicing.axes if again else {}
+    kept = {layer: len(kept_experts(schemes[layer])) for layer in again}
     total = sum(shard_bytes({info.name: (info.dtype, info.shape) for info in batch}) for batch in rest_shards(opened))
     for layer in range(opened.anatomy.num_layers):
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -370,6 +393,9 @@ def written_bytes(job: Job, chosen: Plan) -> int:
         if layer in opened.anatomy.moe:
             moe = opened.anatomy.moe[layer]
             tensors[f"{moe.module}.down_proj"] = (torch.uint8, (1, 1, 1))
+            if layer in shared:
+                for name, dtype in (("into", torch.int32), ("share", torch.float32)):
+                    tensors[f"{moe.module}.packed.{name}"] = (dtype, (moe.layout.experts,))
             for projection, chosen_schemes in schemes[layer].items():
                 for scheme, count in Counter(s for s in chosen_schemes if s != DROPPED).items():
                     where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import roundtrip
 import torch
+from safetensors.torch import load_file, save_file
 from test_pipeline import job_of, weight_bytes
 from transformers import AutoModelForCausalLM
 
@@ -24,17 +27,32 @@ pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 WIDE = "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}, {bits: 4, group: 0}]"
 
 
-@pytest.fixture(scope="module")
-def thinned(tiny_model: Path, text_file: Path, tmp_path_factory) -> Path:
+@contextmanager
+def only(way: str) -> Iterator[None]:
+    """Let the allocator leave experts out in one way: tokens are routed "again", or other experts are "shared"."""
+    whole = pipeline.ladder_of
+
+    def ladder_of(statistics):
+        return {layer: [level for level in levels if not level.gone or bool(level.shared) == (way == "shared")]
+                for layer, levels in whole(statistics).items()}  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "ladder_of", ladder_of)
+        yield
+
+
+@pytest.fixture(scope="module", params=["again", "shared"])
+def thinned(request, tiny_model: Path, text_file: Path, tmp_path_factory) -> Path:
     """The tiny model, 8 experts a layer, at 1.7 bits, which two-bit codes alone cannot reach."""
-    folder = tmp_path_factory.mktemp("thinned") / "out"
-    result = pipeline.quantize(job_of(tiny_model, text_file, "target.bits=1.7", WIDE), folder)
+    folder = tmp_path_factory.mktemp("thinned") / request.param
+    with only(request.param):
+        result = pipeline.quantize(job_of(tiny_model, text_file, "target.bits=1.7", WIDE), folder)
     assert result.chosen == "plan" and set(result.measured) == {"plan"}  # nothing else fits
     return folder
 
 
 def counts(folder: Path) -> dict[str, int]:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]["fewer"]["experts"]
+    return json.loads((folder / "config.json").read_text())["quantization_config"].get("fewer", {"experts": {}})["experts"]
 
 
 def test_what_was_dropped_is_written_down(thinned, tiny_model):
@@ -42,15 +60,22 @@ def test_what_was_dropped_is_written_down(thinned, tiny_model):
     assert manifest["bits_per_weight"] <= 1.7
     gone = {(int(layer), expert) for layer, experts in manifest["dropped"].items() for expert in experts}
     assert gone == {(int(c.unit[1:3]), int(c.unit[5:8])) for c in plan.choices if c.candidate == "dropped"} and gone
-    assert counts(thinned) == {f"model.layers.{n}.mlp.experts": 8 - len(experts) for n, experts in manifest["dropped"].items()}
+    if thinned.name == "again":
+        assert counts(thinned) == {f"model.layers.{n}.mlp.experts": 8 - len(experts) for n, experts in manifest["dropped"].items()}
+    else:
+        assert {(int(name[1:3]), int(name[5:])) for name in manifest["shared"]} == gone and not counts(thinned)
+        for name, (by, factor) in manifest["shared"].items():
+            layer = f"model.layers.{int(name[1:3])}.mlp.experts.packed"
+            assert int(roundtrip.stored(thinned)[f"{layer}.into"][int(name[5:])]) == by
+            assert (int(name[1:3]), by) not in gone and (by >= 0 or factor == 0)
     stored, original = roundtrip.stored(thinned), roundtrip.stored(tiny_model)
     for name, fate in manifest["tensors"].items():
         if ".experts." in name:
             layer, expert = (int(part) for part in name.split(".") if part.isdigit())
             assert (fate["fate"] == "dropped by plan") == ((layer, expert) in gone)
         if name.endswith("mlp.gate.weight") and (experts := manifest["dropped"].get(name.split(".")[2])):
-            kept = [e for e in range(8) if e not in experts]
-            assert fate["fate"] == "sliced" and torch.equal(stored[name], original[name][kept])
+            kept = [e for e in range(8) if e not in experts or thinned.name == "shared"]
+            assert fate["fate"] == ("sliced" if thinned.name == "again" else "kept") and torch.equal(stored[name], original[name][kept])
     assert set(manifest["tensors"]) == set(original)
 
 
@@ -78,15 +103,30 @@ def test_loads_every_way_and_generates(thinned, tmp_path, moecompress):
     roundtrip.assert_close(roundtrip.walked(walk, ids), logits, "walk")
     ran = moecompress("run", thinned, "--prompt", "The", "-n", 5, "--json")
     assert ran.code == 0 and ran.json()["tokens"] == 5
-    with pytest.raises(UserError, match="keep different numbers of experts"):
+    if thinned.name == "again":
+        with pytest.raises(UserError, match="keep different numbers of experts"):
+            export(thinned, tmp_path / "dense", "float32")
+    else:  # an ordinary checkpoint: experts that are served by others are scaled copies of them
         export(thinned, tmp_path / "dense", "float32")
+        dense = roundtrip.plain(roundtrip.load(AutoModelForCausalLM, tmp_path / "dense"), ids)
+        roundtrip.assert_close(dense, logits, "dense export", 1e-4)
 
 
-def test_a_wrong_count_is_refused(thinned, tmp_path):
+def test_what_does_not_fit_is_refused(thinned, tmp_path):
     import shutil
 
     copy = tmp_path / "copy"
     shutil.copytree(thinned, copy)
+    if thinned.name == "shared":
+        for path in copy.glob("*.safetensors"):
+            tensors = load_file(path)
+            for key in [key for key in tensors if key.endswith("packed.into")]:
+                tensors[key] = tensors[key].clone().fill_(int((tensors[key] != torch.arange(8)).nonzero()[0]))
+            save_file(tensors, path, metadata={"format": "pt"})
+        (copy / "moecompress" / "manifest.json").unlink()
+        with pytest.raises(UserError, match="shared experts is damaged"):
+            AutoModelForCausalLM.from_pretrained(copy)
+        return
     config = json.loads((copy / "config.json").read_text())
     name = next(iter(config["quantization_config"]["fewer"]["experts"]))
     config["quantization_config"]["fewer"]["experts"][name] += 1
@@ -99,7 +139,8 @@ def test_a_wrong_count_is_refused(thinned, tmp_path):
 def test_equal_layers_are_an_ordinary_checkpoint(tiny_model, text_file, tmp_path, monkeypatch):
     """All layers with as many experts: the config says so with its own number, and the dense export is plain."""
     whole = pipeline.ladder_of
-    monkeypatch.setattr(pipeline, "ladder_of", lambda s: {layer: levels[-1:] for layer, levels in whole(s).items()})
+    last = lambda levels: [level for level in levels if not level.shared][-1:]  # noqa: E731
+    monkeypatch.setattr(pipeline, "ladder_of", lambda s: {layer: last(levels) for layer, levels in whole(s).items()})
     job = job_of(tiny_model, text_file, "target.bits=3", WIDE, "allocate.drop=true", "allocate.compare=none")
     pipeline.quantize(job, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -145,13 +186,17 @@ def test_guard_names_the_layer(tiny_model, text_file, tmp_path):
     assert result.folder.exists()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "glm4_moe", "qwen3_vl_moe", "granitemoe", "minimax", "dots1"])
-def test_family(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["again", "shared"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "glm4_moe", "qwen3_vl_moe", "granitemoe"])
+def test_family(family: str, way: str, tmp_path: Path) -> None:
     trip = roundtrip.start(family, tmp_path)
     recipe = roundtrip._recipe("target.bits=2.1", "allocate.drop=true", "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}]")
-    result = pipeline.quantize(pipeline.make_job(str(trip.source), recipe, tokens=trip.tokens), trip.packed)
-    assert result.plan.dropped
+    with only(way):
+        result = pipeline.quantize(pipeline.make_job(str(trip.source), recipe, tokens=trip.tokens), trip.packed)
+    assert result.plan.dropped and bool(result.plan.shared) == (way == "shared")
     logits = roundtrip.plain(roundtrip.load(trip.head, trip.packed), trip.ids)
     again = OpenModel(trip.packed, torch.float32, prepare=loading.prepare(trip.packed))
     roundtrip.assert_close(roundtrip.walked(again, trip.ids), logits, "walk of the packed model")
+    if way == "shared":
+        roundtrip.exports(trip, logits)
     assert 1e-3 < roundtrip.difference(logits, trip.logits) < 1

@@ -27,13 +27,15 @@ _TRIALS = 96
 
 @dataclass(frozen=True)
 class Level:
-    """One way to thin out a layer of E experts. gone: experts that are left out, tokens being routed again among the rest.
+    """One way to thin out a layer of E experts. gone: experts that are left out.
     harm: predicted harm of that, in the unit of the plan's. growth: float64 [E], by what the harm of rounding an expert grows,
-    since it serves more tokens then."""
+    since it serves more tokens then. shared: of each that is gone, the expert whose output takes its place and with what
+    factor (-1: nobody's); empty where tokens are routed again."""
 
     gone: tuple[int, ...]
     harm: float
     growth: np.ndarray
+    shared: tuple[tuple[int, float], ...] = ()
 
 
 #: Layer -> its levels, the first of which leaves nothing out.
@@ -89,10 +91,12 @@ def best_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_
         raise UserError("the target is smaller than the smallest possible size of the experts, dropped ones left out",
                         got=f"{budget_bytes:,} bytes", remedy="raise the target, or list a narrower candidate")  # fmt: skip
     improved = True
-    while improved and len(known) < _TRIALS:  # one layer a rung up or down, the best of which is taken
-        around = [_moved(best, place, step) for place in range(len(best)) for step in (-1, 1)]
-        fitting = [levels for levels in around if all(0 <= n < len(r) for n, r in zip(levels, rungs.values(), strict=True))]
-        nearest = min(fitting, key=harm_of, default=best)
+    while improved:  # one layer a rung up or down, the best of which is taken; with many layers the bisection is close enough
+        around = [_moved(best, place, rung) for place, options in enumerate(rungs.values())
+                  for rung in _beside(options, best[place])]  # fmt: skip
+        if len(known) + len(around) > _TRIALS:
+            break
+        nearest = min(around, key=harm_of, default=best)
         improved = harm_of(nearest) < value
         if improved:
             best, value = nearest, harm_of(nearest)
@@ -127,8 +131,16 @@ def exact_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget
     return levels if np.isfinite(_harm(price, rungs, levels, budget_bytes)) else None
 
 
-def _moved(levels: tuple[int, ...], place: int, step: int) -> tuple[int, ...]:
-    return (*levels[:place], levels[place] + step, *levels[place + 1 :])
+def _beside(options: Sequence[_Rung], rung: int) -> list[int]:
+    """The rungs that leave next to as many units as ``rung`` does: one more, one less, and the others with as many."""
+    sizes = sorted({len(option.left) for option in options})
+    here = sizes.index(len(options[rung].left))
+    near = set(sizes[max(0, here - 1) : here + 2])
+    return [n for n, option in enumerate(options) if n != rung and len(option.left) in near]
+
+
+def _moved(levels: tuple[int, ...], place: int, rung: int) -> tuple[int, ...]:
+    return (*levels[:place], rung, *levels[place + 1 :])
 
 
 def _rungs(units: Sequence[Unit], harm: np.ndarray, ladder: Ladder) -> dict[int, list[_Rung]]:
@@ -196,4 +208,6 @@ def _with_dropped(kept: Plan, units: Sequence[Unit], left: np.ndarray, chosen: M
     )  # fmt: skip
     if not missing:
         return kept
-    return replace(kept, choices=choices, candidates=(*kept.candidates, DROPPED.name), controls={})
+    shared = {f"L{layer:02d}.E{expert:03d}": by for layer, level in chosen.items()
+              for expert, by in zip(level.gone, level.shared, strict=False)}  # fmt: skip
+    return replace(kept, choices=choices, candidates=(*kept.candidates, DROPPED.name), controls={}, shared=shared)

@@ -19,15 +19,17 @@ THIN = 1.0
 
 @dataclass(frozen=True)
 class Thinning:
-    """What leaving experts out of a layer of E experts does, level by level (the first leaves none out).
+    """What leaving experts out of a layer of E experts does, in n ways (the first leaves none out).
 
-    order: int64 [N] experts, the first to go first. size: int64 [n] how many of them a level leaves out. error: float64 [n]
-    squared error of the layer's expert output, summed over the calibration tokens. growth: float64 [n, E] by what Σ g² of an
-    expert grows, since tokens are routed again.
+    into: int64 [n, E] who serves the tokens that chose an expert: itself; another one, whose output times share [n, E]
+    stands for the expert's; -1: nobody, or, where again (bool [n]), those that the router chooses without it. error:
+    float64 [n] squared error of the layer's expert output, summed over the calibration tokens. growth: float64 [n, E] by
+    what Σ g² of an expert grows.
     """
 
-    order: torch.Tensor
-    size: torch.Tensor
+    into: torch.Tensor
+    share: torch.Tensor
+    again: torch.Tensor
     error: torch.Tensor
     growth: torch.Tensor
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompress.errors import UserError
-from moecompress.model.anatomy import EXPERT, Anatomy
+from moecompress.model.anatomy import EXPERT, ROUTER, Anatomy
 from moecompress.model.checkpoint import read_header, sha256_file, write_text
 
 VERSION = 1
@@ -24,9 +24,9 @@ DROPPED = "dropped by plan"
 
 
 def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Sequence[int]] | None = None,
-          sliced: Collection[str] = ()) -> dict[str, dict[str, Any]]:  # fmt: skip
+          changed: Collection[str] = ()) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection).
-    ``dropped``: layer -> experts that were left out; ``sliced``: parameters that become smaller with them."""
+    ``dropped``: layer -> experts that were left out; ``changed``: parameters that follow them."""
     result: dict[str, dict[str, Any]] = {}
     for info in anatomy.tensors:
         fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes}
@@ -37,8 +37,8 @@ def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Seque
                 fate["fate"] = DROPPED
             else:
                 fate |= {"fate": "quantized", "into": f"{module}.packed"}
-        elif info.target in sliced and info.layer in (dropped or {}):
-            fate["fate"] = "sliced"
+        elif info.target in changed:
+            fate["fate"] = "sliced" if info.role == ROUTER else "of the experts left"
         elif (linear := info.target.removesuffix(".weight")) in schemes:
             fate |= {"fate": "quantized", "into": f"{linear}.packed", "scheme": schemes[linear]}
         else:
@@ -74,7 +74,7 @@ def expert_bytes(shards: Iterable[Path]) -> int:
         entry.nbytes
         for shard in shards
         for name, entry in read_header(shard).items()
-        if ".packed." in name and "_banks." in name
+        if ".packed." in name and ("_banks." in name or name.endswith((".packed.into", ".packed.share")))
     )
 
 
