@@ -98,11 +98,13 @@ def may_drop(job: Job) -> bool:
     wish = job.recipe.allocate
     if wish.drop is False or wish.allocator != "global":
         return False
-    if wish.drop == "auto":
-        budget = expert_budget(job)
-        if budget is None or 8 * budget >= DROP_BELOW * job.given.opened.anatomy.expert_weights:
-            return False
-    return True
+    if wish.drop is True:
+        return True
+    target = job.recipe.target
+    if target.bits is None and target.size is None:  # statistics for no plan in particular
+        return False
+    budget = expert_budget(job)
+    return budget is not None and 8 * budget < DROP_BELOW * job.given.opened.anatomy.expert_weights
 
 
 def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
@@ -119,7 +121,10 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
     settings = job.recipe.allocate
     budget = expert_budget(job)
     least = smallest_bytes(units, candidates, harm)
-    joint = statistics.thinned and may_drop(job)
+    joint = may_drop(job) and statistics.thinned
+    if settings.drop is True and not joint:
+        raise UserError("The statistics do not say what dropping experts costs", expected="statistics made with allocate.drop=true",
+                        remedy="calibrate again with this recipe, or leave allocate.drop out")  # fmt: skip
     if budget is not None and budget < least and not joint:
         raise too_small(job, budget, least)
     factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None

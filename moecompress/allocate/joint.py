@@ -23,6 +23,8 @@ from moecompress.recipe import AllocateRecipe
 _BISECTIONS = 60
 #: Plans that are made in full to compare levels.
 _TRIALS = 96
+#: Variables up to which levels are chosen by branch and bound, if that is asked for.
+_EXACT = 20_000
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,11 @@ def joint_plan(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.
     price, harm = stored_bytes_and_harm(units, candidates, harm)
     rungs = _rungs(units, harm, ladder)
     levels, bound = best_levels(price, rungs, budget_bytes)
-    if settings.solver == "milp" and settings.granularity == "expert":
-        levels = exact_levels(price, rungs, budget_bytes) or levels
+    variables = price.shape[1] * sum(len(rung.left) for options in rungs.values() for rung in options)
+    if settings.solver == "milp" and settings.granularity == "expert" and variables <= _EXACT:
+        found = exact_levels(price, rungs, budget_bytes)
+        if found is not None:
+            levels = min(levels, found, key=lambda one: _harm(price, rungs, one, budget_bytes))
     chosen = {layer: ladder[layer][level] for layer, level in zip(rungs, levels, strict=True)}
     left = np.concatenate([rungs[layer][level].left for layer, level in zip(rungs, levels, strict=True)])
     tail = np.concatenate([rungs[layer][level].harm for layer, level in zip(rungs, levels, strict=True)])
