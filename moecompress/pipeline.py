@@ -135,7 +135,8 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
 
     def jointly(budget_bytes: int | None) -> Plan:
         assert budget_bytes is not None
-        tables = 8 * sum(moe.layout.experts for moe in job.opened.anatomy.moe.values())  # of who serves for whom
+        header = 2 * 130 if job.recipe.target.size is not None else 0
+        tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values())  # of who serves for whom
         return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes - tables, settings, seed)
 
     def made_by(make: Callable[[int | None], Plan]) -> Plan:
@@ -144,10 +145,14 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
             made = use_whole_size(job, made, budget, job.recipe.target.size, make)
         return made
 
-    made, others = made_by(jointly if joint else bits_alone), {}
+    others: dict[str, Plan] = {}
+    made = made_by(jointly if joint else bits_alone)
     if budget is None or budget >= least:
+        bits = made_by(bits_alone) if joint else made
         if made.dropped:
-            others["bits"] = made_by(bits_alone)
+            others["bits"] = bits
+        else:
+            made = bits
         others["uniform"] = uniform_plan(units, candidates, harm, others.get("bits", made).target_bytes)
     if made.dropped:
         made = replace(made, controls={name: Control(other.bytes, other.harm) for name, other in others.items()})
@@ -192,7 +197,7 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         measured[label] = load_and_measure(folder / "out", job.heldout, reference, job.opened.dtype)
     winner = min(measured, key=lambda label: float(measured[label].kl.mean()))
     summaries = {label: divergence.summary() for label, divergence in measured.items()}
-    for label in measured.keys() - {"plan"}:
+    for label in [label for label in measured if label != "plan"]:
         difference = (measured["plan"].kl - measured[label].kl).mean(1)
         summaries[f"plan_minus_{label}"] = {
             "kl_mean": float(difference.mean()),
