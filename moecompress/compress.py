@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.calibrate.prediction import WATCHED, decoded, output_errors, sampled
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
+from moecompress.model.experts import layout_of
 from moecompress.model.memory import forget
 from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
-from moecompress.pack.scheme import VECTOR, Scheme
+from moecompress.pack.scheme import DROPPED, VECTOR, Scheme
 from moecompress.progress import track
 from moecompress.quantize import vector
 from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.bank import PackedBank, make_bank
+from moecompress.runtime.graft import keep_only, sprout
 from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
 
 #: Group size of attention, shared-expert and dense matrices at 8 and 4 bits.
@@ -76,11 +78,18 @@ def role_bits(attention: int, shared: int, dense: int) -> dict[str, int]:
 
 @torch.no_grad()
 def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[str, list[Scheme]]],
-             linears: dict[str, Scheme], settings: Settings, work: Work, label: str = "quantize") -> dict[str, Any]:  # fmt: skip
+             linears: dict[str, Scheme], settings: Settings, work: Work, label: str = "quantize",
+             keys: list[str] | None = None, shared: dict[int, Shared] | None = None) -> dict[str, Any]:  # fmt: skip
     """Write every shard of the compressed model. Returns what was done, for the manifest.
 
-    plan: layer -> projection -> scheme of each expert. Finished layers are kept in ``work`` and not done again.
+    plan: layer -> projection -> scheme of each expert. keys: where it leaves experts out, the entries of the model's config
+    that say how many there are. shared: layers whose router stays as it is, and in which others serve for experts that are
+    left out. Finished layers are kept in ``work`` and not done again.
     """
+    shared = shared or {}
+    kept = {layer: kept_experts(schemes) for layer, schemes in plan.items()
+            if layer not in shared and any(DROPPED in s for s in schemes.values())}  # fmt: skip
+    smaller = {count: sprout(opened.model, keys or [], count) for count in {len(experts) for experts in kept.values()}}
     work.make()
     seam_on(opened)
     total = len(opened.layers)
@@ -90,14 +99,22 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
             start = walk.restore(work.state)
             for layer in track(walk.layers(start), label, total - start):
                 again = layer < total - 1  # the layer's outputs are needed once it is compressed
+                sliced = {}
+                if layer in kept:
+                    source, experts = smaller[len(kept[layer])], torch.tensor(kept[layer])
+                    sliced = keep_only(opened.model, opened.anatomy.moe[layer].module, source, experts)
+                if layer in shared:
+                    sliced = share_biases(opened, opened.anatomy.moe[layer], shared[layer])
                 with _remembering(walk, layer) if again and layer in plan else nullcontext():
                     record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
-                                             work.layer_shard(layer, total))  # fmt: skip
+                                             work.layer_shard(layer, total), kept.get(layer), sliced, shared.get(layer))  # fmt: skip
+                    record["changed"] = sorted(sliced)
                     work.keep_record(layer, record)
                     outputs = walk.run_all() if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
-    merged: dict[str, Any] = {"errors": {}, "measured": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
+    merged: dict[str, Any] = {"errors": {}, "measured": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}, "kept": kept,
+                              "changed": []}  # fmt: skip
     for record in work.records(total):
         merged["measured"].update(record["measured"])
         merged["errors"].update(record["errors"])
@@ -105,7 +122,40 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
         merged["contents"].update(record["contents"])
         merged["archived"].update(record["archived"])
         merged["fallbacks"] += record["fallbacks"]
+        merged["changed"] += record["changed"]
     return merged
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Whose matrices serve each of a layer's E experts. into: int64 [E], -1: nobody's; factor: float32 [E] of their output."""
+
+    into: torch.Tensor
+    factor: torch.Tensor
+
+    def apply(self, capture: Capture) -> Capture:
+        """What the experts that are left are given; E: nobody is."""
+        into = torch.where(self.into < 0, len(self.into), self.into)
+        weights = capture.weights * self.factor[capture.chosen].to(capture.weights.dtype)
+        return replace(capture, chosen=into[capture.chosen], weights=weights)
+
+
+def share_biases(opened: OpenModel, moe: MoELayer, shared: Shared) -> dict[str, torch.Tensor]:
+    """Biases of experts become those of the experts that serve for them, for tools that take every expert for itself (the
+    dense export). Returns them by parameter."""
+    module = opened.model.get_submodule(moe.module)
+    names = {f"{moe.module}.{name}" for name in layout_of(module).parameters}
+    changed = {}
+    for name, tensor in module.state_dict(prefix=moe.module + ".").items():
+        if name not in names and len(tensor) == len(shared.into):
+            tensor = tensor[shared.into.clamp_min(0)]
+            changed[name] = tensor * shared.factor[:, None].to(tensor.dtype) if "down" in name else tensor
+    return changed
+
+
+def kept_experts(schemes: dict[str, list[Scheme]]) -> list[int]:
+    """The experts of a layer that a plan does not leave out."""
+    return [expert for expert, scheme in enumerate(next(iter(schemes.values()))) if scheme != DROPPED]
 
 
 def _remembering(walk: Walk, layer: int):
@@ -113,7 +163,9 @@ def _remembering(walk: Walk, layer: int):
 
 
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
-                    linears: dict[str, Scheme], settings: Settings, shard: Path) -> dict[str, Any]:  # fmt: skip
+                    linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None = None,
+                    sliced: dict[str, torch.Tensor] | None = None, shared: Shared | None = None) -> dict[str, Any]:  # fmt: skip
+    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with them, by parameter."""
     opened = walk.opened
     record: dict[str, Any] = {"errors": {}, "measured": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
     tensors: dict[str, torch.Tensor] = {}
@@ -124,14 +176,20 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
         replaced.add(name + ".weight")
     if schemes is not None:
         moe = opened.anatomy.moe[layer]
+        moe = replace(moe, layout=layout_of(opened.model.get_submodule(moe.module)))
         capture = capture_layer(walk, moe, calibration)
-        tensors.update(_pack_experts(opened, moe, capture, schemes, calibration, settings, record))
+        numbers = kept or list(range(moe.layout.experts))
+        left = {p: [every[e] for e in numbers] for p, every in schemes.items()}
+        if shared is not None:
+            capture = shared.apply(capture)
+        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, shared))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
         if walk.memory is not None:
             _run_experts(walk, moe, capture)
     for info in opened.anatomy.of_layer(layer):
         if info.target not in replaced:
-            tensors[info.name] = opened.checkpoint.read(info.name)
+            part = (sliced or {}).get(info.target)
+            tensors[info.name] = opened.checkpoint.read(info.name) if part is None else part.to(info.dtype)
     write_shard(shard, tensors)
     return record
 
@@ -169,13 +227,16 @@ def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str,
 
 
 def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]],
-                  calibration: Calibration, settings: Settings, record: dict[str, Any]) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name."""
+                  calibration: Calibration, settings: Settings, record: dict[str, Any], numbers: list[int],
+                  shared: Shared | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name. ``numbers``:
+    of the experts in the input, for the record."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for projection in layout.projections:
         for expert, scheme in enumerate(schemes[projection]):
-            members[projection, scheme.name].append(expert)
+            if scheme != DROPPED:
+                members[projection, scheme.name].append(expert)
     contents = {
         p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections
     }
@@ -188,18 +249,20 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     routed = route(capture, layout.experts)
     watched = set(sampled(routed, WATCHED))
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
-        experts_here = [f"{moe.module}.{e}" for e in moments.experts]
+        experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
         record["fallbacks"] += sorted(
-            {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()}
+            {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()
+             if DROPPED not in (schemes[p][moments.experts[i]] for p in layout.projections)}
         )
         for projection in layout.projections:
             chosen: dict[Scheme, list[int]] = defaultdict(list)
             for position, expert in enumerate(moments.experts):
-                chosen[schemes[projection][expert]].append(position)
+                if schemes[projection][expert] != DROPPED:
+                    chosen[schemes[projection][expert]].append(position)
             for scheme, positions in chosen.items():
                 ids = [moments.experts[i] for i in positions]
-                names = [f"{moe.module}.{e}.{projection}" for e in ids]
+                names = [f"{moe.module}.{numbers[e]}.{projection}" for e in ids]
                 slots = [members[projection, scheme.name].index(e) for e in ids]
                 bank = filled[projection, scheme.name]
                 weights = moments.weights[projection][positions]
@@ -227,6 +290,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
+    if shared is not None:
+        packed.into, packed.share = shared.into.to(torch.int32), shared.factor.float()
+        tensors |= {f"{moe.module}.packed.into": packed.into, f"{moe.module}.packed.share": packed.share}
     for (projection, name), found in members.items():
         bank = filled[projection, name]
         bank.register_buffer("experts", torch.tensor(found, dtype=torch.int32))
@@ -235,7 +301,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
         tensors.update({f"{where}.{key}": value for key, value in bank.named_buffers()})
     record["contents"][moe.module] = contents
     for projection in layout.projections:
-        record["schemes"].update({f"{moe.module}.{e}.{projection}": s.name for e, s in enumerate(schemes[projection])})
+        of_each = zip(numbers, schemes[projection], strict=True)
+        record["schemes"].update({f"{moe.module}.{e}.{projection}": s.name for e, s in of_each})
     return tensors
 
 

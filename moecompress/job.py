@@ -27,6 +27,7 @@ from moecompress.quantize.encode import Settings
 from moecompress.recipe import Recipe
 from moecompress.runtime.loading import verify_files
 from moecompress.runtime.registration import FORMAT_VERSION
+from moecompress.transform.shed import Slicing, slicing
 
 #: Memory for the Hessians and working copies of a chunk of experts, as a share of the largest layer; and at least.
 WORKSPACE_SHARE, WORKSPACE_LEAST = 0.125, 64 * 1024**2
@@ -67,6 +68,11 @@ class Job:
     def reference(self) -> Trace:
         """The original on held-out text."""
         return trace(self.open(), self.heldout, "original on held-out text")
+
+    @cached_property
+    def slicing(self) -> Slicing:
+        """How layers of this model get fewer experts; UserError if they cannot."""
+        return slicing(self.opened, self.trust_remote_code)
 
     @property
     def heldout(self) -> list[torch.Tensor]:

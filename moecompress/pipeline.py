@@ -11,7 +11,8 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import numpy as np
 import torch
 
 from moecompress.allocate.candidates import Unit, unit_id
-from moecompress.allocate.plan import Plan, make_plan, smallest_bytes, uniform_plan
+from moecompress.allocate.joint import Ladder, Level, joint_plan
+from moecompress.allocate.plan import Control, Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
 from moecompress.calibrate import prediction
 from moecompress.calibrate.gradient import by_gradient, refuse_large
 from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
-from moecompress.compress import Work, compress, linear_schemes, rest_shards, role_bits
+from moecompress.compress import Shared, Work, compress, kept_experts, linear_schemes, rest_shards, role_bits
 from moecompress.distill.repair import refuse_little_memory, repair_routers
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
@@ -35,25 +37,30 @@ from moecompress.model.anatomy import EXPERT, Anatomy
 from moecompress.model.checkpoint import copy_companions, read_config, write_index, write_text
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates
-from moecompress.pack.scheme import NESTED, Scheme
+from moecompress.pack.scheme import DROPPED, NESTED, Scheme
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
-from moecompress.recipe import Recipe
+from moecompress.recipe import Recipe, expert_of
 from moecompress.route.folder import Wish, choose, learned, record_of, store
 from moecompress.route.frontier import Bench
 from moecompress.runtime.bank import bank_tensors
 from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
+from moecompress.runtime.skipping import KEY
+from moecompress.transform.shed import Slicing, thinning
+from moecompress.transform.shrink import with_number
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
 SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
+#: Above so many bits a weight, dropping experts has never been worth it, so "auto" does not measure it.
+DROP_BELOW = 2.25
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``chosen``: "plan" or "uniform". ``measured``: label -> summary on held-out calibration text. Plan and
-    statistics are of the model that transform steps left."""
+    """What a run did. ``chosen``: "plan", "bits" (all experts kept) or "uniform". ``measured``: label -> summary on held-out
+    calibration text. Plan and statistics are of the model that transform steps left."""
 
     folder: Path | None
     plan: Plan
@@ -67,44 +74,117 @@ class Result:
 
 
 def calibrate(job: Job, work: Path) -> Statistics:
+    thin = may_drop(job)
     if (work / "statistics.json").exists():
         statistics = Statistics.load(work)
         made = (statistics.fingerprint, statistics.schemes, statistics.harm)
-        if made == (job.calibration.fingerprint(), [s.name for s in job.schemes], job.recipe.allocate.harm):
+        wanted = (job.calibration.fingerprint(), [s.name for s in job.schemes], job.recipe.allocate.harm)
+        if made == wanted and statistics.thinned >= thin:
             return statistics
         shutil.rmtree(work)
     if job.recipe.allocate.harm == "gradient":
         refuse_large(job.opened, job.tokens.ids.shape[1])
-    statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work)
+    measure = partial(thinning, ways_of(job)) if thin else None
+    statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work, measure)
     if job.recipe.allocate.harm == "gradient":
         statistics = by_gradient(job.open(), job.calibration, statistics)
     statistics.save(work)
     return statistics
 
 
+def ways_of(job: Job) -> Slicing | None:
+    """How layers get fewer experts to route to; None where this family cannot, and only matrices can be shared."""
+    try:
+        return job.slicing
+    except UserError as error:
+        notice(f"this model's routers cannot do with fewer experts ({error.what}): experts that are left out are served by others")
+        return None
+
+
+def may_drop(job: Job) -> bool:
+    """Is leaving experts out among the candidates?"""
+    wish = job.recipe.allocate
+    if wish.drop is False or wish.allocator != "global":
+        return False
+    if wish.drop is True:
+        return True
+    target = job.recipe.target
+    if target.bits is None and target.size is None:  # statistics for no plan in particular
+        return False
+    budget = expert_budget(job)
+    return budget is not None and 8 * budget < DROP_BELOW * job.given.opened.anatomy.expert_weights
+
+
 def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
     """The recipe's plan and the uniform plan of the same bytes."""
+    made, others = plans(job, statistics)
+    return made, others.get("uniform", made)
+
+
+def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
+    """The recipe's plan, and others of the same target: "bits", if the plan leaves experts out and keeping all of them is
+    possible, and "uniform"."""
     units, harm = units_of(job.opened, statistics)
     candidates = [Scheme.parse(name) for name in statistics.schemes]
     settings = job.recipe.allocate
-    budget = expert_budget(job, statistics)
-    if budget is not None and budget < (least := smallest_bytes(units, candidates, harm)):
+    budget = expert_budget(job, statistics.schemes)
+    least = smallest_bytes(units, candidates, harm)
+    joint = may_drop(job) and statistics.thinned
+    if settings.drop is True and not joint:
+        raise UserError("The statistics do not say what dropping experts costs", expected="statistics made with allocate.drop=true",
+                        remedy="calibrate again with this recipe, or leave allocate.drop out")  # fmt: skip
+    if budget is not None and budget < least and not joint:
         raise too_small(job, budget, least)
     factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None
     seed = job.recipe.compute.seed
 
-    def make(budget_bytes: int | None) -> Plan:
+    def bits_alone(budget_bytes: int | None) -> Plan:
         return make_plan(units, candidates, harm, budget_bytes, settings, factors=factors, seed=seed)
 
-    made = make(budget)
+    def jointly(budget_bytes: int | None) -> Plan:
+        assert budget_bytes is not None
+        header = 2 * 130 if job.recipe.target.size is not None else 0
+        tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values())  # of who serves for whom
+        return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes - tables, settings, seed)
+
+    def made_by(make: Callable[[int | None], Plan]) -> Plan:
+        made = make(budget)
+        if job.recipe.target.size is not None and budget is not None:
+            made = use_whole_size(made, budget, job.recipe.target.size, make, lambda plan: written_bytes(job, plan))
+        elif books and budget is not None:  # those that the plan does not need leave bytes to it
+            made = use_whole_size(made, budget, budget + books, make, lambda plan: plan.bytes + shared_bytes_of(job.opened.anatomy, plan))
+        return made
+
     books = shared_bytes(job.opened.anatomy, statistics.schemes)
-    if job.recipe.target.size is not None and budget is not None:
-        made = use_whole_size(made, budget, job.recipe.target.size, make, lambda plan: written_bytes(job, plan))
-    elif books and budget is not None:  # those that the plan does not need leave bytes to it
-        made = use_whole_size(made, budget, budget + books, make, lambda plan: plan.bytes + shared_bytes_of(job.opened.anatomy, plan))
-    # Every plan fits what all books leave; another one with the bytes of this plan may need more of them.
-    uniform = uniform_plan(units, candidates, harm, budget if books and budget is not None else made.target_bytes)
-    return made, uniform
+
+    others: dict[str, Plan] = {}
+    made = made_by(jointly if joint else bits_alone)
+    if budget is None or budget >= least:
+        bits = made_by(bits_alone) if joint else made
+        if made.dropped:
+            others["bits"] = bits
+        else:
+            made = bits
+        # Every plan fits what all books leave; another one with the bytes of this plan may need more of them.
+        allowed = budget if books and budget is not None else others.get("bits", made).target_bytes
+        others["uniform"] = uniform_plan(units, candidates, harm, allowed)
+    if made.dropped:
+        made = replace(made, controls={name: Control(other.bytes, other.harm) for name, other in others.items()})
+    return made, others
+
+
+def ladder_of(statistics: Statistics) -> Ladder:
+    """Layer -> the ways to thin it out, with predicted KL."""
+    ladder: dict[int, list[Level]] = {}
+    for index, layer in statistics.layers.items():
+        found = layer.thinning
+        assert found is not None
+        ladder[index] = []
+        for into, share, again, error, growth in zip(*vars(found).values(), strict=True):
+            gone = (into != torch.arange(len(into))).nonzero().flatten()
+            serving = zip(into[gone].tolist(), share[gone].tolist(), strict=True)
+            ladder[index].append(Level(tuple(gone.tolist()), float(error) * layer.nats, growth.numpy(), () if again else tuple(serving)))
+    return ladder
 
 
 def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False) -> Result:
@@ -115,30 +195,32 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     open_work(work, job.fingerprint(), fresh)
     job, steps = transformed(job, work)
     statistics = calibrate(job, work / "calibrate")
-    chosen_plan, uniform = plan(job, statistics)
+    chosen_plan, others = plans(job, statistics)
     if dry_run:
         return Result(None, chosen_plan, statistics, manifest={"steps": without_fates(steps)} if steps else {})
-    check_space(out, job, chosen_plan)
-    plans = {"plan": chosen_plan}
-    if job.recipe.allocate.compare == "uniform" and uniform.assignments() != chosen_plan.assignments():
-        plans["uniform"] = uniform
+    tried = {"plan": chosen_plan}
+    if job.recipe.allocate.compare == "uniform":
+        tried |= {label: other for label, other in others.items() if other.assignments() != chosen_plan.assignments()}
+    check_space(out, job, list(tried.values()))
     reference = job.given.reference
     measured: dict[str, Divergence] = {}
     manifests = {}
-    for label, each in plans.items():
+    for label, each in tried.items():
         folder = work / label
         manifests[label] = build(job, statistics, each, folder, label)
         measured[label] = load_and_measure(folder / "out", job.heldout, reference, job.opened.dtype)
     winner = min(measured, key=lambda label: float(measured[label].kl.mean()))
     summaries = {label: divergence.summary() for label, divergence in measured.items()}
-    if len(measured) == 2:
-        difference = (measured["plan"].kl - measured["uniform"].kl).mean(1)
-        summaries["plan_minus_uniform"] = {
+    for label in [label for label in measured if label != "plan"]:
+        difference = (measured["plan"].kl - measured[label].kl).mean(1)
+        summaries[f"plan_minus_{label}"] = {
             "kl_mean": float(difference.mean()),
             "kl_interval_95": list(bootstrap(difference)),
         }
-        if winner == "uniform":
-            notice("the uniform plan measured better than the allocated one; it is the one that was written")
+    if winner != "plan":
+        better = {"uniform": "the uniform plan", "bits": "the plan that keeps all experts"}[winner]
+        notice(f"{better} measured better than the allocated one; it is the one that was written")
+    refuse_far(job, tried[winner], summaries[winner])
     ready, manifest = work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}
     if job.recipe.repair.router:
         ready, manifest["repair"] = repaired(job, ready, summaries[winner], work / "repair")
@@ -148,7 +230,7 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         manifest |= account(job, steps, manifest["tensors"])
     finish(ready, manifest, out)
     shutil.rmtree(work)
-    return Result(out, plans[winner], statistics, winner, summaries, manifest)
+    return Result(out, tried[winner], statistics, winner, summaries, manifest)
 
 
 def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: str) -> dict[str, Any]:
@@ -156,17 +238,22 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     opened, out = job.open(), folder / "out"
     q = job.recipe.quantize
     linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
-    done = compress(opened, job.calibration, by_layer(opened.anatomy, chosen), linears, job.settings,
-                    Work(out, folder / "state"), "quantize" if label == "plan" else "quantize, uniform plan")  # fmt: skip
+    schemes = by_layer(opened.anatomy, chosen)
+    done = compress(opened, job.calibration, schemes, linears, job.settings, Work(out, folder / "state"),
+                    {"plan": "quantize", "uniform": "quantize, uniform plan"}.get(label, "quantize, all experts"),
+                    job.slicing.keys if routed_again(opened.anatomy, chosen) else None, shared_by(opened.anatomy, chosen))  # fmt: skip
     shards = sorted(out.glob("model-*.safetensors"))
     write_index(out, shards)
     dtype = str(opened.stored_dtype).removeprefix("torch.")
     names: dict[str, list[str]] = {}
     for name, scheme in linears.items():
         names.setdefault(scheme.name, []).append(name)
-    config = dict(opened.checkpoint.config)
+    config: dict[str, Any] = dict(opened.checkpoint.config)
+    fewer: dict[str, Any] = {}
+    if done["kept"]:
+        config, fewer = with_fewer(config, job, done["kept"])
     config["quantization_config"] = {"quant_method": METHOD, "version": FORMAT_VERSION, "dtype": dtype,
-                                     "experts": done["contents"], "linears": names, "rotation_seed": job.settings.seed}  # fmt: skip
+                                     "experts": done["contents"], "linears": names, "rotation_seed": job.settings.seed} | fewer  # fmt: skip
     write_text(out / "config.json", json.dumps(config, indent=2))
     copy_companions(job.folder, out)
     records = out / FOLDER
@@ -188,9 +275,63 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "errors": done["errors"],
         "prediction": prediction.compare(_by_unit(opened.anatomy, done["measured"]), chosen, statistics),
         "schemes": done["schemes"],
+        "dropped": {str(layer): gone for layer, gone in gone_experts(schemes).items()},
+        "shared": {expert: list(by) for expert, by in sorted(chosen.shared.items())},
         "dictionary": against_entropy(opened.anatomy, done["archived"]),
-        "tensors": fates(opened.anatomy, done["schemes"]),
+        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(schemes), done["changed"]),
     }  # fmt: skip
+
+
+def gone_experts(schemes: dict[int, dict[str, list[Scheme]]]) -> dict[int, list[int]]:
+    """Layer -> the experts that a plan leaves out, for the layers where it does."""
+    gone = {layer: sorted(set(range(len(next(iter(s.values()))))) - set(kept_experts(s))) for layer, s in schemes.items()}
+    return {layer: experts for layer, experts in gone.items() if experts}
+
+
+def routed_again(anatomy: Anatomy, chosen: Plan) -> list[int]:
+    """Layers whose routers know fewer experts."""
+    return sorted(gone_experts(by_layer(anatomy, chosen)).keys() - shared_by(anatomy, chosen).keys())
+
+
+def shared_by(anatomy: Anatomy, chosen: Plan) -> dict[int, Shared]:
+    """Layers whose routers stay as they are, while others serve for the experts that are left out."""
+    found: dict[int, Shared] = {}
+    for name, (by, factor) in chosen.shared.items():
+        layer, expert = expert_of(name)
+        experts = anatomy.moe[layer].layout.experts
+        one = found.setdefault(layer, Shared(torch.arange(experts), torch.ones(experts)))
+        one.into[expert], one.factor[expert] = by, factor
+    return found
+
+
+def with_fewer(config: dict[str, Any], job: Job, kept: dict[int, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json of a model whose layers keep these experts, and what its quantization_config says of them. Where all layers keep
+    equally many it is an ordinary config with another number."""
+    if config.pop(KEY, None):
+        notice("the model's routing policy was tuned for more experts and is left out; see `moecompress tune-routing`")
+    moe, keys = job.opened.anatomy.moe, job.slicing.keys
+    counts = {layer.module: len(kept[index]) if index in kept else layer.layout.experts for index, layer in moe.items()}
+    if len(set(counts.values())) == 1:
+        for key in keys:
+            config = with_number(config, key, next(iter(counts.values())))
+        return config, {}
+    changed = {moe[index].module: len(left) for index, left in sorted(kept.items())}
+    return config, {"fewer": {"keys": keys, "experts": changed}}
+
+
+def refuse_far(job: Job, chosen: Plan, measured: dict[str, Any]) -> None:
+    """UserError where the best result is further from the original than allocate.max_kl."""
+    limit, kl = job.recipe.allocate.max_kl, measured["kl_mean"]
+    if limit is None or kl <= limit:
+        return
+    harm: Counter[str] = Counter()
+    for choice in chosen.choices:
+        harm[choice.unit.split(".")[0]] += choice.harm  # type: ignore[assignment]
+    layer, worst = max(harm.items(), key=lambda item: item[1])
+    raise UserError("The result is too far from the original", expected=f"at most {limit:g} nats of KL on held-out text (allocate.max_kl)",
+                    got=f"{kl:.4g} nats; {worst / max(chosen.harm, 1e-30):.0%} of the predicted harm is in layer {int(layer[1:])}",
+                    remedy="raise the target, add candidates, or calibrate on text more like the model's use; with a larger "
+                    "max_kl, or null, the same command goes on from here")  # fmt: skip
 
 
 def against_entropy(anatomy: Anatomy, archived: dict[str, dict[str, Any]]) -> dict[str, float] | None:
@@ -296,6 +437,9 @@ def written_bytes(job: Job, chosen: Plan) -> int:
     opened, q = job.opened, job.recipe.quantize
     linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
     schemes = by_layer(opened.anatomy, chosen)
+    again, shared = routed_again(opened.anatomy, chosen), shared_by(opened.anatomy, chosen)
+    axes = job.slicing.axes if again else {}
+    kept = {layer: len(kept_experts(schemes[layer])) for layer in again}
     total = sum(shard_bytes({info.name: (info.dtype, info.shape) for info in batch}) for batch in rest_shards(opened))
     for layer in range(opened.anatomy.num_layers):
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -305,12 +449,17 @@ def written_bytes(job: Job, chosen: Plan) -> int:
                 bank = bank_tensors(linears[linear], 1, info.shape[0], info.shape[1], opened.stored_dtype)
                 tensors.update({f"{linear}.packed.{name}": tensor for name, tensor in bank.items()})
             elif info.role != EXPERT:
-                tensors[info.name] = (info.dtype, info.shape)
+                left = kept.get(layer, 0) if info.target in axes else 0
+                shape = tuple(left if left and i == axes[info.target] else n for i, n in enumerate(info.shape))
+                tensors[info.name] = (info.dtype, shape)
         if layer in opened.anatomy.moe:
             moe = opened.anatomy.moe[layer]
             tensors[f"{moe.module}.down_proj"] = (torch.uint8, (1, 1, 1))
+            if layer in shared:
+                for name, dtype in (("into", torch.int32), ("share", torch.float32)):
+                    tensors[f"{moe.module}.packed.{name}"] = (dtype, (moe.layout.experts,))
             for projection, chosen_schemes in schemes[layer].items():
-                for scheme, count in Counter(chosen_schemes).items():
+                for scheme, count in Counter(s for s in chosen_schemes if s != DROPPED).items():
                     where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"
                     bank = bank_tensors(scheme, count, *moe.layout.shape(projection), opened.stored_dtype)
                     tensors.update({f"{where}.{name}": tensor for name, tensor in bank.items()})
@@ -335,14 +484,16 @@ def shared_bytes_of(anatomy: Anatomy, chosen: Plan) -> int:
     return sum(scheme.shared_bytes for scheme in banks)
 
 
-def expert_budget(job: Job, statistics: Statistics) -> int | None:
-    """Bytes that the matrices of all experts may take; indices and what the matrices of a bank share are excluded."""
+def expert_budget(job: Job, schemes: list[str] | None = None) -> int | None:
+    """Bytes that the matrices of all experts may take; indices and what the matrices of a bank share are excluded.
+    ``schemes``: of the candidates (None: the recipe's)."""
     target, anatomy = job.recipe.target, job.opened.anatomy
+    schemes = [scheme.name for scheme in job.schemes] if schemes is None else schemes
     if target.bits is not None:
         allowed = int(target.bits * job.given.opened.anatomy.expert_weights / 8)
-        return allowed - index_bytes(anatomy) - shared_bytes(anatomy, statistics.schemes)
+        return allowed - index_bytes(anatomy) - shared_bytes(anatomy, schemes)
     if target.size is not None:
-        return target.size - fixed_bytes(job, statistics.schemes)
+        return target.size - fixed_bytes(job, schemes)
     refuse_no_target(job.recipe)
     return None
 
@@ -399,11 +550,10 @@ def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
     )
 
 
-def check_space(out: Path, job: Job, chosen: Plan) -> None:
-    """Refuse before the long part when the disk cannot hold the result and the state for resuming, or memory a repair."""
+def check_space(out: Path, job: Job, tried: list[Plan]) -> None:
+    """Refuse before the long part when the disk cannot hold the results and the state for resuming, or memory a repair."""
     if job.recipe.repair.router:
-        refuse_little_memory(job, chosen.bytes + fixed_bytes(job, []))
-    plans = 2 if job.recipe.allocate.compare == "uniform" else 1
+        refuse_little_memory(job, max(each.bytes for each in tried) + fixed_bytes(job, []))
     hidden = job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
-    refuse_full_disk(out, plans * (chosen.bytes + fixed_bytes(job, [])) + hidden,
+    refuse_full_disk(out, sum(each.bytes + fixed_bytes(job, []) for each in tried) + hidden,
                      "free space, choose another -o, or set allocate.compare=none")  # fmt: skip

@@ -264,6 +264,11 @@ class AllocateRecipe(_Section):
     candidates: Annotated[tuple[CandidateRecipe, ...], Field(min_length=1)] = _DEFAULT_CANDIDATES
     #: the plan that the chosen one must beat on held-out text; if it does not, that one is used and the user is told
     compare: Literal["uniform", "none"] = "uniform"
+    #: may experts be left out, so that the others have more bits? auto: where the target leaves less than 2.25 bits a weight.
+    #: The plan with dropped experts must beat the one without on held-out text, unless compare is none
+    drop: bool | Literal["auto"] = "auto"
+    #: stop when the result is further than this from the original: KL in nats a token, on held-out text (null: never)
+    max_kl: Number | None = None
     #: pmq: exponents of the token share, of the mean routing weight and of the block error (arXiv:2410.06270)
     alpha: Number = 1.0
     beta: Number = 1.5
@@ -282,6 +287,8 @@ class AllocateRecipe(_Section):
     def _pmq_moves_whole_experts(self) -> AllocateRecipe:
         if self.allocator == "pmq" and self.granularity != "expert":
             raise ValueError("allocator pmq decides per expert; leave out granularity")
+        if self.allocator != "global" and self.drop is True:
+            raise ValueError("only allocator global decides how many experts a layer keeps; leave out drop")
         return self
 
 
@@ -463,7 +470,8 @@ class Recipe(_Section):
 
     def without_limits(self) -> Recipe:
         """The same work: limits only decide whether it goes on."""
-        return self.model_copy(update={"transform": tuple(s.model_copy(update={"max_kl": None}) for s in self.transform)})
+        steps = tuple(s.model_copy(update={"max_kl": None}) for s in self.transform)
+        return self.model_copy(update={"transform": steps, "allocate": self.allocate.model_copy(update={"max_kl": None})})
 
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON: equal for recipes that ask for the same, however they were written."""

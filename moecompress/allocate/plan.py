@@ -16,6 +16,7 @@ from moecompress.allocate.candidates import Candidate, Unit, prices
 from moecompress.allocate.pmq import Factors, layer_budget, pmq_cost, solve_layer, solve_per_layer
 from moecompress.allocate.solve import Allocation, merge_units, minimum_bytes, solve_lagrangian, solve_milp
 from moecompress.errors import UserError
+from moecompress.pack.scheme import DROPPED
 from moecompress.recipe import AllocateRecipe
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Plan:
 
     ``target_bytes``: what the expert matrices may weigh. ``lower_bound``: no plan of this granularity within the target
     has less predicted harm, None where the allocator minimises something else; ``gap``: the part of ``harm`` that
-    lies above it.
+    lies above it. ``shared``: dropped expert ("L07.E031") -> the expert of the layer whose output, times a factor, takes its
+    place (-1: none does); in other layers tokens that had chosen dropped experts are routed again.
     """
 
     allocator: str
@@ -62,6 +64,7 @@ class Plan:
     lower_bound: float | None = None
     gap: float | None = None
     controls: Mapping[str, Control] = field(default_factory=dict)
+    shared: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -79,6 +82,11 @@ class Plan:
     def bits(self) -> float:
         """Stored bits per weight of the units, scales and padding included."""
         return 8 * self.bytes / self.weights if self.choices else 0.0
+
+    @property
+    def dropped(self) -> int:
+        """How many units are left out."""
+        return sum(choice.candidate == DROPPED.name for choice in self.choices)
 
     def assignments(self) -> dict[str, Candidate]:
         """Candidate of every unit id."""
@@ -106,7 +114,7 @@ class Plan:
             "gap": self.gap,
             "candidates": list(self.candidates),
             "controls": {name: dataclasses.asdict(control) for name, control in self.controls.items()},
-        }
+        } | ({"shared": self.shared} if self.shared else {})
         lines = ",\n".join(
             f"    {json.dumps(choice.unit)}: "
             + json.dumps({k: v for k, v in dataclasses.asdict(choice).items() if k != "unit"})
@@ -128,6 +136,7 @@ class Plan:
                 lower_bound=record["lower_bound"],
                 gap=record["gap"],
                 controls={name: Control(**control) for name, control in record["controls"].items()},
+                shared={expert: (int(by), float(factor)) for expert, (by, factor) in record.get("shared", {}).items()},
             )
             total = record["bytes"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -182,7 +191,7 @@ def make_plan(
     candidate there. With pmq's ``layer_bits`` the budget may be None: nominal bits decide the size.
     UserError if the budget cannot be met. The controls ``uniform`` and ``shuffled`` have the same target.
     """
-    price, harm = _tables(units, candidates, harm)
+    price, harm = stored_bytes_and_harm(units, candidates, harm)
     if settings.allocator == "pmq":
         choice = _pmq_choice(units, candidates, price, harm, budget_bytes, settings, factors)
         solved = None
@@ -217,7 +226,7 @@ def uniform_plan(units: Sequence[Unit], candidates: Sequence[Candidate], harm: n
     The raised units are spread evenly over the experts, with the same share in every layer and projection. Where a
     unit may not have the candidate (infinite harm) it takes the next wider one it may have.
     """
-    price, harm = _tables(units, candidates, harm)
+    price, harm = stored_bytes_and_harm(units, candidates, harm)
     choice = _uniform_choice(units, price, harm, budget_bytes)
     return Plan(
         allocator="uniform",
@@ -236,7 +245,7 @@ def shuffled_plan(
 
     Units that may not have every candidate keep theirs.
     """
-    price, harm = _tables(units, candidates, harm)
+    price, harm = stored_bytes_and_harm(units, candidates, harm)
     column = {candidate.name: index for index, candidate in enumerate(candidates)}
     choice = np.array([column[item.candidate] for item in plan.choices], dtype=np.int64)
     generator = np.random.default_rng(seed)
@@ -253,10 +262,12 @@ def shuffled_plan(
 
 def smallest_bytes(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.ndarray) -> int:
     """The least that the units can weigh with the candidates they are allowed."""
-    return minimum_bytes(*_tables(units, candidates, harm))
+    return minimum_bytes(*stored_bytes_and_harm(units, candidates, harm))
 
 
-def _tables(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def stored_bytes_and_harm(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.ndarray
+                          ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Bytes int64 (u, c), and ``harm`` as float64; UserError where a unit has no candidate that is allowed."""
     harm = np.asarray(harm, dtype=np.float64)
     if harm.shape != (len(units), len(candidates)):
         raise ValueError(f"harm is {harm.shape}, there are {len(units)} units and {len(candidates)} candidates")

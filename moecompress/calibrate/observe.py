@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 from moecompress.calibrate.capture import Capture, recording, route
 from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.prediction import TRIED, correction, sampled, tried, tried_layers
-from moecompress.calibrate.statistics import LayerStatistics, Statistics, gate_mass
+from moecompress.calibrate.statistics import LayerStatistics, Statistics, Thinning, gate_mass, thinning_of
 from moecompress.model.anatomy import MoELayer
 from moecompress.model.checkpoint import write_shard, write_text
 from moecompress.model.experts import ExpertsLayout, projections
@@ -59,8 +59,13 @@ class Calibration:
         return digest.hexdigest()
 
 
+#: Measures what leaving experts out of a layer does, where that is wanted (transform/shed.py).
+Thin = Callable[[OpenModel, MoELayer, Capture], Thinning]
+
+
 @torch.no_grad()
-def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], settings: Settings, work: Path) -> Statistics:
+def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], settings: Settings, work: Path,
+            thin: Thin | None = None) -> Statistics:  # fmt: skip
     """Statistics of every MoE layer. ``work`` holds finished layers, so that a killed run goes on behind them."""
     work.mkdir(parents=True, exist_ok=True)
     moe = opened.anatomy.moe
@@ -80,6 +85,9 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
             if layer in moe:
                 capture, clean = _capture(walk, moe[layer], calibration, outputs, probes[layer])
                 statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings, TRIED if layer in tries else 0)
+                if thin is not None:
+                    found = vars(thin(walk.opened, moe[layer], capture))
+                    statistics |= {f"thinning.{name}": tensor for name, tensor in found.items()}
                 clean = clean[: walk.batches[lanes[layer]].numel()]
                 write_shard(work / f"layer-{layer:04d}.safetensors", statistics)
             else:
@@ -104,7 +112,9 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
     factors = correction([saved.pop("tried") for saved in saved_layers.values()])
     for layer, saved in saved_layers.items():
         saved["harm"] *= factors
-        layers[layer] = LayerStatistics(**saved, tokens=tokens, sensitivity=divergence[layer] / max(energy[layer], 1e-30))
+        plain = {name: tensor for name, tensor in saved.items() if not name.startswith("thinning.")}
+        layers[layer] = LayerStatistics(**plain, tokens=tokens, sensitivity=divergence[layer] / max(energy[layer], 1e-30),
+                                        thinning=thinning_of(saved))  # fmt: skip
     layers = _smooth(layers)
     return Statistics([s.name for s in schemes], list(moe[min(moe)].layout.projections), layers,
                       calibration.fingerprint(), calibration.text)  # fmt: skip

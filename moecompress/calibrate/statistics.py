@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,23 @@ def gate_mass(gate_square: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Thinning:
+    """What leaving experts out of a layer of E experts does, in n ways (the first leaves none out).
+
+    into: int64 [n, E] who serves the tokens that chose an expert: itself; another one, whose output times share [n, E]
+    stands for the expert's; -1: nobody, or, where again (bool [n]), those that the router chooses without it. error:
+    float64 [n] squared error of the layer's expert output, summed over the calibration tokens. growth: float64 [n, E] by
+    what Σ g² of an expert grows.
+    """
+
+    into: torch.Tensor
+    share: torch.Tensor
+    again: torch.Tensor
+    error: torch.Tensor
+    growth: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """One MoE layer, E experts, P projections, C candidates.
 
@@ -32,6 +50,7 @@ class LayerStatistics:
     error of the layer's expert output, summed over the calibration tokens. tokens: how many tokens the layer saw.
     sensitivity: nats of final KL (summed over tokens) per unit of squared error of the layer's expert output.
     importance: float64 [E], the same of each expert's part in it, relative to the layer's; None where it was not looked at.
+    thinning: None if it was not measured.
     """
 
     counts: torch.Tensor
@@ -41,11 +60,17 @@ class LayerStatistics:
     tokens: int
     sensitivity: float
     importance: torch.Tensor | None = None
+    thinning: Thinning | None = None
 
     @property
     def unit_error(self) -> torch.Tensor:
         """[E, P, C] expected squared error of an expert's output per unit of Σ g²."""
         return self.harm / gate_mass(self.gate_square).clamp_min(1e-30)[:, None, None]
+
+    @property
+    def nats(self) -> float:
+        """Predicted KL in nats per token, per unit of squared error."""
+        return self.sensitivity / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,11 @@ class Statistics:
     fingerprint: str
     text: str
     harm: str = "forward"  # where sensitivities come from
+
+    @property
+    def thinned(self) -> bool:
+        """Was it measured what leaving experts out does?"""
+        return all(layer.thinning is not None for layer in self.layers.values())
 
     def unreached(self) -> list[tuple[int, int]]:
         """(layer, expert) pairs that no calibration token chose."""
@@ -73,7 +103,7 @@ class Statistics:
 
     def predicted_harm(self) -> dict[int, torch.Tensor]:
         """Layer -> [E, P, C] predicted KL in nats per token."""
-        return {index: layer.harm * (layer.sensitivity / max(1, layer.tokens)) * (1.0 if layer.importance is None else layer.importance[:, None, None])
+        return {index: layer.harm * layer.nats * (1.0 if layer.importance is None else layer.importance[:, None, None])
                 for index, layer in self.layers.items()}  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -84,6 +114,8 @@ class Statistics:
                 tensors[f"{index}.{name}"] = getattr(layer, name)
             if layer.importance is not None:
                 tensors[f"{index}.importance"] = layer.importance
+            if layer.thinning is not None:
+                tensors |= {f"{index}.thinning.{name}": tensor for name, tensor in vars(layer.thinning).items()}
         write_shard(folder / "statistics.safetensors", tensors)
         record = {"version": 1, "schemes": self.schemes, "projections": self.projections, "fingerprint": self.fingerprint,
                   "text": self.text, "harm": self.harm, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
@@ -105,9 +137,15 @@ class Statistics:
             int(index): LayerStatistics(
                 tensors[f"{index}.counts"], tensors[f"{index}.gate_sum"], tensors[f"{index}.gate_square"],
                 tensors[f"{index}.harm"], values["tokens"], values["sensitivity"],
-                tensors.get(f"{index}.importance"),
+                tensors.get(f"{index}.importance"), thinning_of(tensors, f"{index}.thinning."),
             )
             for index, values in record["layers"].items()
         }  # fmt: skip
         return Statistics(record["schemes"], record["projections"], layers, record["fingerprint"], record["text"],
                           record.get("harm", "forward"))  # fmt: skip
+
+
+def thinning_of(tensors: Mapping[str, torch.Tensor], prefix: str = "thinning.") -> Thinning | None:
+    """From the tensors whose names begin with ``prefix``, if there are any."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return Thinning(**found) if found else None

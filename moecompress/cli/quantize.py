@@ -130,8 +130,8 @@ def _print(result, record: dict) -> None:
     )
     for label, row in result.measured.items():
         low, high = row["kl_interval_95"]
-        if label == "plan_minus_uniform":
-            table.add_row("plan − uniform", f"{row['kl_mean']:+.5f}", f"{low:+.5f} … {high:+.5f}", "", "", "", "")
+        if label.startswith("plan_minus_"):
+            table.add_row(f"plan − {label.removeprefix('plan_minus_')}", f"{row['kl_mean']:+.5f}", f"{low:+.5f} … {high:+.5f}", "", "", "", "")
         else:
             table.add_row(label + (" (kept)" if label == result.chosen else ""), f"{row['kl_mean']:.5f}", f"{low:.5f} … {high:.5f}",
                           f"{row['kl_p99']:.4f}", f"{row['top1_agreement']:.2%}", f"{row['perplexity']:.3f}",

@@ -99,7 +99,8 @@ def compare(
 
 
 def _experts(opened: OpenModel) -> dict[int, int]:
-    return {layer: moe.layout.experts for layer, moe in opened.anatomy.moe.items()}
+    # Of the modules: layers that a plan dropped experts from have fewer than the config says.
+    return {layer: opened.model.get_submodule(moe.module).num_experts for layer, moe in opened.anatomy.moe.items()}
 
 
 def bootstrap(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:

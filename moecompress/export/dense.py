@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
 from moecompress.job import refuse_target, work_folder
-from moecompress.model.checkpoint import copy_companions, give_name, write_index, write_shard, write_text
+from moecompress.model.checkpoint import copy_companions, give_name, read_config, write_index, write_shard, write_text
 from moecompress.model.experts import parameters_from
 from moecompress.model.skeleton import build_skeleton, load_config, stored_names
 from moecompress.model.walk import OpenModel
@@ -35,6 +35,12 @@ def export(model: Path, output: Path, dtype: str, load_bits: int | None = None) 
     if not is_packed(model):
         raise UserError(f"{model} is not a compressed folder", expected="quant_method moecompress in config.json",
                         remedy="pass a folder made by `moecompress quantize`")  # fmt: skip
+    fewer = read_config(model)["quantization_config"].get("fewer")
+    if fewer:
+        counts = sorted(set(fewer["experts"].values()))
+        raise UserError(f"Layers of {model} keep different numbers of experts", expected="one number, which a plain checkpoint's "
+                        "config can say", got=f"{counts[0]} to {counts[-1]}, or all", remedy="use the compressed folder; or compress with "
+                        "allocate.drop=false, after a transform step that drops equally many (moecompress prune)")  # fmt: skip
     verify_files(model)
     opened = OpenModel(model, DTYPES[dtype], prepare=prepare(model, load_bits=load_bits))
     work = work_folder(output)

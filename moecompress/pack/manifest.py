@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moecompress.errors import UserError
-from moecompress.model.anatomy import EXPERT, Anatomy
+from moecompress.model.anatomy import EXPERT, ROUTER, Anatomy
 from moecompress.model.checkpoint import read_header, sha256_file, write_text
 
 VERSION = 1
@@ -18,14 +19,26 @@ MANIFEST = "manifest.json"
 LEFT_OUT = "left out"
 
 
-def fates(anatomy: Anatomy, schemes: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection)."""
+#: … and of one of an expert that the allocator left out.
+DROPPED = "dropped by plan"
+
+
+def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Sequence[int]] | None = None,
+          changed: Collection[str] = ()) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection).
+    ``dropped``: layer -> experts that were left out; ``changed``: parameters that follow them."""
     result: dict[str, dict[str, Any]] = {}
     for info in anatomy.tensors:
         fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes}
         if info.role == EXPERT:
             module = info.target.rpartition(".")[0]
-            fate |= {"fate": "quantized", "into": f"{module}.packed"}
+            own = re.search(r"experts\.(\d+)\.", info.name)  # else all experts of the layer are in one tensor
+            if own and int(own[1]) in (dropped or {}).get(info.layer or 0, ()):
+                fate["fate"] = DROPPED
+            else:
+                fate |= {"fate": "quantized", "into": f"{module}.packed"}
+        elif info.target in changed:
+            fate["fate"] = "sliced" if info.role == ROUTER else "of the experts left"
         elif (linear := info.target.removesuffix(".weight")) in schemes:
             fate |= {"fate": "quantized", "into": f"{linear}.packed", "scheme": schemes[linear]}
         else:
@@ -61,7 +74,7 @@ def expert_bytes(shards: Iterable[Path]) -> int:
         entry.nbytes
         for shard in shards
         for name, entry in read_header(shard).items()
-        if ".packed." in name and "_banks." in name
+        if ".packed." in name and ("_banks." in name or name.endswith((".packed.into", ".packed.share")))
     )
 
 

@@ -10,7 +10,7 @@ from moecompress.errors import UserError
 from moecompress.recipe import DICTIONARY_RATES, TRELLIS_RATES, VECTOR_RATES, low_rank_bits
 
 INT, TRELLIS, TERNARY, SIGN, NESTED, DICTIONARY, VECTOR = "int", "trellis", "ternary", "sign", "nested", "dictionary", "vector"
-LOW_RANK = "low-rank"
+LOW_RANK, DROP = "low-rank", "dropped"
 
 
 @dataclass(frozen=True, order=True)
@@ -66,6 +66,8 @@ class Scheme:
 
     def price(self, rows: int, cols: int, weights_dtype_bytes: int = 2) -> int:
         """Exact stored bytes of a ``rows`` × ``cols`` matrix, without `shared_bytes`. At 16 bits it keeps the input's dtype."""
+        if self.code == DROP:
+            return 0
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
         # Here because they bring torch, and a plan from a file of factors needs none.
@@ -97,8 +99,10 @@ class Scheme:
         return vector.book_bytes(self.bits) if self.code == VECTOR else 0
 
 
+#: Of an expert that is left out: no bytes. Only in plans; a checkpoint has no such bank.
+DROPPED = Scheme(0, code=DROP)
 _PLAIN = {
     scheme.name: scheme
-    for scheme in (Scheme(16), Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES),
+    for scheme in (Scheme(16), DROPPED, Scheme(1.6, code=TERNARY), Scheme(1, code=SIGN), *(Scheme(r, code=TRELLIS) for r in TRELLIS_RATES),
                    *(Scheme(r, code=DICTIONARY) for r in DICTIONARY_RATES), *(Scheme(r, code=VECTOR) for r in VECTOR_RATES))
 }

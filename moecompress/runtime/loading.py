@@ -24,6 +24,7 @@ from moecompress.pack import nested
 from moecompress.pack.scheme import NESTED, Scheme
 from moecompress.runtime import seam
 from moecompress.runtime.bank import IntegerBank, unused_planes
+from moecompress.runtime.graft import graft, sprout
 from moecompress.runtime.packed import PackedExperts, PackedLinear, pack_experts_in_place
 from moecompress.runtime.registration import METHOD, MoecompressConfig
 from moecompress.runtime.skipping import KEY, apply, read_policy
@@ -48,6 +49,8 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
         leave_out(model, config.experts, config.load_bits)
     adapt(model)
     model.config._is_quantized = True  # as in from_pretrained: Jamba rounds differently then
+    if config.fewer:
+        thin_out(model, config.fewer)
     for name, contents in config.experts.items():
         name = resolve(model, name)
         module: Any = model.get_submodule(name)
@@ -62,6 +65,13 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
             new = PackedLinear(Scheme.parse(scheme), old.out_features, old.in_features, old.bias is not None, dtype)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, new)
+
+
+def thin_out(model: Any, fewer: dict[str, Any]) -> None:
+    """Give layers of a (weightless) model fewer experts. fewer: as in `MoecompressConfig`."""
+    sources = {count: sprout(model, fewer["keys"], count) for count in set(fewer["experts"].values())}
+    for name, count in fewer["experts"].items():
+        graft(model, resolve(model, name), sources[count])
 
 
 def leave_out(model: Any, experts: dict[str, dict[str, dict[str, int]]], load_bits: int) -> None:

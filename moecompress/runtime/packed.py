@@ -23,7 +23,8 @@ class PackedExperts(nn.Module):
 
     ``contents``: projection -> scheme name -> number of experts. Which experts is data: the buffer ``<bank>.experts``.
     ``seed``: of the rotation, one for the whole model, so that gate and up of all experts share the rotated input.
-    ``load_bits``: of nested integers (None: all).
+    ``load_bits``: of nested integers (None: all). Where the banks hold fewer matrices than there are experts, the buffers
+    ``into`` and ``share`` [E] say whose matrices serve the others (-1: nobody's) and by what their output is multiplied.
     """
 
     def __init__(self, layout: ExpertsLayout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int = 0,
@@ -38,19 +39,31 @@ class PackedExperts(nn.Module):
                 bank.register_buffer("experts", torch.empty(count, dtype=torch.int32))
                 banks[name] = bank
             self.add_module(f"{projection}_banks", banks)
+        self.aliased = any(sum(schemes.values()) < layout.experts for schemes in contents.values())
+        if self.aliased:
+            self.register_buffer("into", torch.empty(layout.experts, dtype=torch.int32))
+            self.register_buffer("share", torch.empty(layout.experts, dtype=torch.float32))
         self._slots: dict[str, torch.Tensor] = {}
 
     def banks(self, projection: str) -> nn.ModuleDict:
         return self.get_submodule(f"{projection}_banks")
 
     def check(self, name: str) -> None:
-        """UserError unless the banks of each projection hold every expert exactly once, in tensors that their formats allow.
-        ``name``: of this module."""
+        """UserError unless the banks of each projection hold every expert exactly once, or the others are served by one that
+        they hold; in tensors that their formats allow. ``name``: of this module."""
+        whole = own = torch.arange(self.layout.experts, dtype=torch.int32)
+        if self.aliased:
+            into = self.into.cpu()
+            own = whole[into == whole]
+            if not torch.isin(into, torch.cat([own, own.new_tensor([-1])])).all() or not self.share.isfinite().all():
+                raise UserError(f"What {name}.into says of shared experts is damaged", expected="experts with matrices of their own, or -1",
+                                got=into.tolist(), remedy="copy or compress the folder again")  # fmt: skip
         for projection in self.contents:
             listed = torch.cat([bank.experts for bank in self.banks(projection).values()]).sort().values.cpu()
-            if not torch.equal(listed, torch.arange(self.layout.experts, dtype=torch.int32)):
+            if not torch.equal(listed, own):
                 raise UserError(f"The experts listed in {name}.{projection}_banks are damaged",
-                                expected=f"each of 0 to {self.layout.experts - 1} once", got=listed.tolist(),
+                                expected=f"each of {'those with matrices' if self.aliased else f'0 to {self.layout.experts - 1}'} once",
+                                got=listed.tolist(),
                                 remedy="copy or compress the folder again")  # fmt: skip
             for bank in self.banks(projection).values():
                 bank.check()
@@ -138,7 +151,19 @@ class PackedExperts(nn.Module):
         weights = torch.empty(self.layout.experts, rows, cols, dtype=dtype)
         for bank in self.banks(projection).values():
             weights[bank.experts.long()] = bank.dequantized(dtype)
+        if self.aliased:
+            into = self.into.long()
+            weights = weights[torch.where(into < 0, into.max(), into)]  # any, times zero
+            if projection == DOWN:
+                weights = weights * self.share[:, None, None].to(dtype)
         return weights
+
+    def served(self, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same [T, k] with experts that have no matrices replaced by those that serve for them; E: nobody does."""
+        known = chosen.clamp(max=self.layout.experts - 1)
+        into = self.into.long()[known]
+        nobody = (chosen >= self.layout.experts) | (into < 0)
+        return into.masked_fill(nobody, self.layout.experts), (weights * self.share[known].to(weights.dtype)).masked_fill(nobody, 0)
 
     def forward_for(self, module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
                     ) -> torch.Tensor:  # fmt: skip
@@ -147,6 +172,8 @@ class PackedExperts(nn.Module):
         ``module`` is the family's own experts module: its activation, biases and norms are used as they are.
         """
         tokens, top_k = chosen.shape
+        if self.aliased:
+            chosen, weights = self.served(chosen, weights)
         if crowded(chosen, self.layout.experts) and not gpu.ready(chosen.device):  # there one launch takes all experts
             return by_expert(module, self.layout, self._matmul, hidden, chosen, weights)
         expert = chosen.reshape(-1).clamp(max=self.layout.experts)

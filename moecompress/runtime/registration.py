@@ -24,12 +24,14 @@ class MoecompressConfig(QuantizationConfigMixin):
     experts: experts module -> projection -> scheme -> how many experts. linears: scheme -> names of linear layers.
     dtype: name of the dtype of what is kept. rotation_seed: of the signs of the trellis format. verify:
     compare every file with its sha256 in the manifest when loading. load_bits: how many bits of nested integers to load
-    (None: all). The last two are not stored: pass ``quantization_config=MoecompressConfig(load_bits=2)`` to `from_pretrained`.
+    (None: all). fewer: where some layers have fewer experts than the model's config says, its ``keys`` that say how many, and
+    ``experts``, experts module -> how many it has. Not stored are verify and load_bits:
+    pass ``quantization_config=MoecompressConfig(load_bits=2)`` to `from_pretrained`.
     """
 
     def __init__(self, experts: dict | None = None, linears: dict | None = None, dtype: str = "bfloat16",
                  version: int = FORMAT_VERSION, rotation_seed: int = 0, verify: bool = True,
-                 load_bits: int | None = None, **_: Any):  # fmt: skip
+                 load_bits: int | None = None, fewer: dict | None = None, **_: Any):  # fmt: skip
         self.quant_method = METHOD
         self.version = version
         self.dtype = dtype
@@ -38,13 +40,15 @@ class MoecompressConfig(QuantizationConfigMixin):
         self.rotation_seed = rotation_seed
         self.verify = verify
         self.load_bits = load_bits
+        self.fewer = fewer
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {"verify": self.verify, "load_bits": self.load_bits}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "version": self.version, "dtype": self.dtype, "experts": self.experts,
-                "linears": self.linears, "rotation_seed": self.rotation_seed}  # fmt: skip
+        stored = {"quant_method": METHOD, "version": self.version, "dtype": self.dtype, "experts": self.experts,
+                  "linears": self.linears, "rotation_seed": self.rotation_seed}  # fmt: skip
+        return stored | ({"fewer": self.fewer} if self.fewer else {})
 
 
 # transformers asks only the classes of this list for loading attributes, and has no other way to join it.

@@ -91,7 +91,7 @@ def shrink(opened: OpenModel, field: str, count: int, folder: Path, trust_remote
         notice("the model's routing policy was tuned for more experts and is left out; see `moecompress tune-routing`")
 
     def build(numbers: Mapping[str, int]) -> PreTrainedModel:
-        config = reduce(lambda done, key: _with(done, key, numbers[key]), numbers, kept)
+        config = reduce(lambda done, key: with_number(done, key, numbers[key]), numbers, kept)
         write_text(folder / "config.json", json.dumps(config, indent=2))
         loaded = load_config(folder, trust_remote_code)
         loaded.dtype = loaded.get_text_config().dtype = opened.dtype
@@ -157,10 +157,11 @@ def _shared(opened: OpenModel, count: int) -> list[dict[str, int]]:
     return [{name: n} for name, n in found.items()]
 
 
-def _with(config: dict[str, Any], key: str, count: int) -> dict[str, Any]:
+def with_number(config: dict[str, Any], key: str, count: int) -> dict[str, Any]:
+    """The config with ``count`` at ``key`` ("key" or "section.key"), or a list of it where it has a list."""
     section, _, name = key.rpartition(".")
     if section:
-        return config | {section: _with(config.get(section) or {}, name, count)}
+        return config | {section: with_number(config.get(section) or {}, name, count)}
     old = config.get(name)
     return config | {name: [count] * len(old) if isinstance(old, list) else count}
 

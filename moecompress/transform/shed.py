@@ -1,0 +1,224 @@
+"""Which experts a layer can do without, in what order, and what that costs: measured, for the allocator.
+
+Unlike the steps of stage.py, nothing is decided here, and every layer may end up with another number of experts.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from moecompress.calibrate.capture import Capture
+from moecompress.calibrate.observe import PRIOR_MASS
+from moecompress.calibrate.statistics import Thinning
+from moecompress.errors import UserError
+from moecompress.model.anatomy import EXPERT, MoELayer
+from moecompress.model.experts import ExpertsLayout
+from moecompress.model.walk import OpenModel
+from moecompress.transform.outputs import mean_outputs, output, sample
+from moecompress.transform.routing import Combine, find_combine
+from moecompress.transform.shrink import EXPERTS, experts_of, groups_of, shrink
+
+#: Levels between all experts and the fewest, at most; and tokens that every level is measured on.
+LEVELS, TOKENS = 16, 2048
+#: How many other experts are tried in an expert's place, and on how many tokens.
+NEAREST, PAIR_TOKENS = 8, 256
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How a family becomes one with fewer experts. keys: entries of its config. axes: parameter or buffer -> its axis of experts."""
+
+    keys: list[str]
+    axes: dict[str, int]
+
+
+def slicing(opened: OpenModel, trust_remote_code: bool = False) -> Slicing:
+    """UserError where layers cannot have fewer experts, each as many as it likes."""
+    if groups_of(opened) > 1:
+        raise UserError("The router picks groups of experts first", expected="a router without groups", got=f"{groups_of(opened)} groups")
+    with TemporaryDirectory() as folder:
+        smaller = shrink(opened, EXPERTS, experts_of(opened) - 1, Path(folder), trust_remote_code)
+    blocks = tuple(moe.module.rpartition(".")[0] + "." for moe in opened.anatomy.moe.values())
+    shapes = opened.loader.expected
+    for info in opened.anatomy.tensors:
+        if info.target not in smaller.axes or info.role == EXPERT:
+            continue
+        if not info.target.startswith(blocks) or info.shape != tuple(shapes[info.target].shape):
+            raise UserError(f"{info.name} is not stored as the model has it", expected="the router beside the experts, as it is",
+                            remedy="this architecture is not supported yet")  # fmt: skip
+    return Slicing(smaller.keys, smaller.axes)
+
+
+def thinning(ways: Slicing | None, opened: OpenModel, moe: MoELayer, capture: Capture) -> Thinning:
+    """Leave out experts of a layer, a sixteenth after the other, and measure what remains of its output, in two ways.
+
+    *Again*: their tokens are routed again among the experts that are left (NAEE, arXiv:2402.14800, eq. 4). Only where the
+    router follows a known rule and the family can have fewer experts (``ways``).
+    *Shared*: the router stays as it is; an expert that stays serves their tokens, too, its output scaled to what is nearest
+    to theirs (as M-SMoE, arXiv:2310.01334, leaves its router, but without averaging weights: outputs of trained experts
+    are too far apart).
+    """
+    module, layout = opened.model.get_submodule(moe.module), moe.layout
+    shedding = _Shedding(module, layout, capture)
+    found = [shedding.none()]
+    if ways is not None:
+        prefix = f"{opened.anatomy.stack}.{moe.layer}."
+        state = opened.layers[moe.layer].state_dict(prefix=prefix)
+        biases = [state[name].flatten() for name in ways.axes if name in state and state[name].numel() == layout.experts]
+        with suppress(UserError):
+            found += shedding.again(find_combine(capture, biases))
+    found += shedding.shared()
+    columns = zip(*(vars(way).values() for way in found), strict=True)
+    return Thinning(*(torch.stack([torch.as_tensor(value) for value in column]) for column in columns))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to leave experts out; fields as of `Thinning`."""
+
+    into: torch.Tensor
+    share: torch.Tensor
+    again: bool
+    error: torch.Tensor
+    growth: torch.Tensor
+
+
+class _Shedding:
+    """One layer on a sample of its tokens."""
+
+    def __init__(self, module: nn.Module, layout: ExpertsLayout, capture: Capture):
+        self.module, self.layout, self.experts = module, layout, layout.experts
+        tokens = sample(capture, TOKENS)
+        self.hidden, self.chosen, self.weights = (part[tokens] for part in (capture.hidden, capture.chosen, capture.weights))
+        self.logits = None if capture.router_logits is None else capture.router_logits[tokens]
+        self.scale = int(capture.keep.sum()) / max(1, len(tokens))
+        self.least = capture.chosen.shape[1] + 1
+        self.whole = self._outputs(self.chosen, self.weights)
+        self.energy = self._energy()
+        self.mass = self._mass(self.chosen, self.weights)
+        # As with rounding: that calibration text hardly used an expert does not prove that all text can do without it.
+        self.prior = PRIOR_MASS * float(self.mass.mean())
+
+    @property
+    def steps(self) -> list[int]:
+        """How many experts are left out on each level."""
+        step = max(1, self.experts // LEVELS)
+        return list(range(step, self.experts - self.least + 1, step))
+
+    def none(self) -> _Way:
+        return self._way(torch.arange(self.experts), torch.ones(self.experts), False, self.chosen, self.weights)
+
+    # --- routed again -----------------------------------------------------------------------------------------------
+
+    def again(self, combine: Combine) -> list[_Way]:
+        """The next to go are those whose loss costs least by their gates and mean output norms, given those that are gone."""
+        assert self.logits is not None
+        k = self.chosen.shape[1]
+        gone: list[int] = []
+        ways = []
+        for count in self.steps:
+            gone += self._next(combine, gone, count - len(gone))
+            into = torch.arange(self.experts)
+            into[gone] = -1
+            ways.append(self._way(into, torch.ones(self.experts), True, *combine(self.logits, k, gone)))
+        return ways
+
+    def _next(self, combine: Combine, gone: list[int], count: int) -> list[int]:
+        """The ``count`` cheapest to leave out beside ``gone``, as if outputs of different experts were uncorrelated."""
+        assert self.logits is not None
+        k = self.chosen.shape[1]
+        chosen, weights = combine(self.logits, k, gone)
+        before = self._dense(chosen, weights)
+        cost = {}
+        for expert in sorted(set(range(self.experts)) - set(gone)):
+            own = (chosen == expert).any(-1).nonzero().flatten()  # only these are routed otherwise
+            after = self._dense(*combine(self.logits[own], k, [*gone, expert]))
+            cost[expert] = float(((after - before[own]).square() @ self.energy).sum() + self.prior * self.energy[expert])
+        return sorted(cost, key=cost.__getitem__)[:count]
+
+    # --- shared -----------------------------------------------------------------------------------------------------
+
+    def shared(self) -> list[_Way]:
+        """The next to go is the one with which the least energy is lost in all, everyone who is gone being served by the nearest
+        expert that is left."""
+        gain, factor = self._near()
+        worth = (self.mass + self.prior) * self.energy
+        gone: list[int] = []
+        ways = []
+        for count in self.steps:
+            while len(gone) < count:
+                left = sorted(set(range(self.experts)) - set(gone))
+                gone.append(min(left, key=lambda e: float((worth * (1 - _best(gain, [*gone, e])[0]))[[*gone, e]].sum())))
+            best, into = _best(gain, gone)
+            share = factor.gather(1, into[:, None]).squeeze(1)
+            share[best <= 0], into[best <= 0] = 0, -1
+            stays = torch.ones(self.experts, dtype=torch.bool)
+            stays[gone] = False
+            into[stays], share[stays] = torch.arange(self.experts)[stays], 1
+            chosen, weights = into[self.chosen], self.weights * share[self.chosen].to(self.weights.dtype)
+            ways.append(self._way(into, share, False, chosen.clamp_min(0), weights))
+        return ways
+
+    def _near(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 [E, E]: the part of an expert's weighted energy that another's scaled output explains (0 where that was not
+        looked at), and the scale."""
+        gain, factor = (torch.zeros(self.experts, self.experts, dtype=torch.float64) for _ in range(2))
+        mean = mean_outputs(self.module, self.layout, self.hidden[:PAIR_TOKENS]).double()
+        unit = torch.nn.functional.normalize(mean, dim=1)
+        alike = (unit @ unit.T).abs().fill_diagonal_(-1)
+        nearest = alike.topk(min(NEAREST, self.experts - 1), dim=1).indices
+        for expert in range(self.experts):
+            rows, place = (self.chosen == expert).nonzero(as_tuple=True)
+            rows, place = rows[:PAIR_TOKENS], place[:PAIR_TOKENS]
+            if not len(rows):
+                continue
+            gate = self.weights[rows, place].double()[:, None]
+            own = gate * output(self.module, self.layout, self.hidden[rows], expert).double()
+            for other in nearest[expert].tolist():
+                its = gate * output(self.module, self.layout, self.hidden[rows], other).double()
+                both, norm = float((own * its).sum()), float(its.square().sum())
+                if norm > 0:
+                    factor[expert, other] = both / norm
+                    gain[expert, other] = both**2 / (norm * float(own.square().sum().clamp_min(1e-30)))
+        return gain, factor
+
+    # --- means ------------------------------------------------------------------------------------------------------
+
+    def _way(self, into: torch.Tensor, share: torch.Tensor, again: bool, chosen: torch.Tensor, weights: torch.Tensor) -> _Way:
+        """``chosen``, ``weights``: what the experts are given then."""
+        gone = into != torch.arange(self.experts)
+        lost = (self._outputs(chosen, weights) - self.whole).square().sum() + self.prior * self.energy[gone].sum()
+        growth = (self._mass(chosen, weights) + self.prior) / (self.mass + self.prior)
+        return _Way(into, share.double(), again, lost * self.scale if gone.any() else torch.zeros((), dtype=torch.float64), growth)
+
+    def _outputs(self, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.module(self.hidden, chosen, weights.to(self.hidden.dtype)).double()
+
+    def _energy(self) -> torch.Tensor:
+        """float64 [E]: mean ‖F_e(x)‖² over the tokens that chose an expert; of one that none did, the mean of the others."""
+        energy = torch.full((self.experts,), torch.nan, dtype=torch.float64)
+        for expert in self.chosen.unique().tolist():
+            own = (self.chosen == expert).any(-1)
+            energy[expert] = output(self.module, self.layout, self.hidden[own], expert).double().square().sum(-1).mean()
+        return torch.where(energy.isnan(), energy.nanmean(), energy)
+
+    def _dense(self, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """float64 [T, E]: the weight of every expert."""
+        return torch.zeros(len(chosen), self.experts, dtype=torch.float64).scatter_add(-1, chosen, weights.double())
+
+    def _mass(self, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._dense(chosen, weights).square().sum(0)
+
+
+def _best(gain: torch.Tensor, gone: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every expert, the largest gain [E] by an expert that is not ``gone``, and which that is."""
+    left = gain.clone()
+    left[:, gone] = -1
+    best = left.max(1)
+    return best.values.clamp_min(0), best.indices
