@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from moecompress.calibrate.capture import Capture
-from moecompress.calibrate.observe import PRIOR_MASS
-from moecompress.calibrate.statistics import Thinning
+from moecompress.calibrate.statistics import PRIOR_MASS, Thinning
 from moecompress.errors import UserError
 from moecompress.model.anatomy import EXPERT, MoELayer
 from moecompress.model.experts import ExpertsLayout
