@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(thinned, tmp_path):
                 tensors[key] = tensors[key].clone().fill_(int((tensors[key] != torch.arange(8)).nonzero()[0]))
             save_file(tensors, path, metadata={"format": "pt"})
         (copy / "moecompress" / "manifest.json").unlink()
-        with pytest.raises(UserError, match="shared experts is damaged"):
+        with pytest.raises(UserError, match="damaged"):
             AutoModelForCausalLM.from_pretrained(copy)
         return
     config = json.loads((copy / "config.json").read_text())
