@@ -247,7 +247,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     for named, book in books.items():
         _fill(filled[named], {"book": book})
     routed = route(capture, layout.experts)
-    watched = set(sampled(routed, WATCHED))
+    watched = {e for e in sampled(routed, WATCHED) if schemes[layout.projections[0]][e] != DROPPED}
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
         experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
@@ -281,11 +281,12 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
             rounded = {}
             for p, scheme in ((p, schemes[p][expert]) for p in layout.projections):
                 slot = members[p, scheme.name].index(expert)
-                one = {name: tensor[slot : slot + 1] for name, tensor in filled[p, scheme.name].named_buffers()}
+                bank = filled[p, scheme.name]
+                one = {name: tensor if name in bank.shared else tensor[slot : slot + 1] for name, tensor in bank.named_buffers()}
                 rounded[p] = decoded(scheme, one, layout.shape(p), settings.seed)
             weights = {p: moments.weights[p][expert - moments.experts[0]] for p in layout.projections}
             lost = output_errors(experts, layout, expert, capture.hidden, routed, weights, rounded)
-            record["measured"].update({f"{moe.module}.{expert}.{p}": error for p, error in lost.items()})
+            record["measured"].update({f"{moe.module}.{numbers[expert]}.{p}": error for p, error in lost.items()})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)

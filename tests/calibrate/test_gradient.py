@@ -118,6 +118,6 @@ def test_commands(tiny_model: Path, text_file: Path, tmp_path: Path, quick, moec
     assert ran.code == 2 and "other sensitivities" in ran.err
     monkeypatch.setattr(gradient.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     ran = moecompress("plan", tiny_model, "--target-bits", 3.6, "--harm", "gradient", *quick)
-    assert ran.code == 1 and "too large for gradients" in ran.err
+    assert ran.code == 2 and "too large for gradients" in ran.err
     with pytest.raises(UserError, match="harm"):
         recipe_from(["allocate.harm=backward"])

@@ -23,7 +23,7 @@ CANDIDATES = "[{bits: 2}, {bits: 4}, {code: vector, bits: 2}, {code: vector, bit
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model, moecompress, quick) -> Path:
     out = tmp_path_factory.mktemp("vectors") / "out"
-    options = ["--set", f"allocate.candidates={CANDIDATES}", "--set", "quantize.refine=0", "--set", "allocate.compare=none"]
+    options = ["--set", f"allocate.candidates={CANDIDATES}", "--set", "quantize.refine=0", "--set", "allocate.compare=none", "--set", "allocate.drop=false"]
     ran = moecompress("quantize", tiny_model, "-o", out, "--target-bits", 3.2, *options, *quick)
     assert ran.code == 0, ran.err
     return out
