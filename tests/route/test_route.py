@@ -277,7 +277,7 @@ def test_impossible_limits_are_refused(mixtral: Model, tmp_path: Path) -> None:
 def test_command_line(tiny_model: Path, text_file: Path, tmp_path: Path, moecompress) -> None:
     options = ["--text", text_file, "--sequences", 4, "--length", 32, "--heldout", 1]
     ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "out", "--policy", "modes", "--skip", 0.25, "--renormalise", *options)
-    assert ran.code == 0 and "policy modes skips" in ran.out
+    assert ran.code == 0 and "policy modes skips" in " ".join(ran.out.split())
     assert read_policy(tmp_path / "out").renormalise
     ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "within", "--max-kl", 0.1, "--json", *options)
     assert ran.code == 0 and ran.json()["after"]["kl_mean"] <= 0.1, ran.err
