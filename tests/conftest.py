@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each test process and what it starts, or they wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 #: Calibration small enough for a test: enough for every stage to have work, not enough for good statistics.
 SMALL = ["calibration.sequences=6", "calibration.length=48", "calibration.heldout=2", "compute.micro_batch=2"]

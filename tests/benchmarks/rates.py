@@ -1,9 +1,9 @@
-"""Every code at every rate: size, divergence on unseen text, encoding time, One table, one command.
+"""Every code at every rate: size, divergence on unseen text, encoding time. One table, one command.
 
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
-the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`). KL and perplexity as `moecompress evaluate` measures them, in
+the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out. KL and perplexity as `moecompress evaluate` measures them, in
 float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk: calibration passes, rounding, packing, writing.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 METHODS = ["t0_5", "t0_75", "d0_7", "d0_8", "d1", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "v2", "b2g64a", "b2g64a_o1",
-           "b3g64a", "b4g64a", "plan:1", "plan:1.5", "plan:2", "plan:2.5"]  # fmt: skip
+           "b3g64a", "b4g64a", "plan:1", "joint:1", "plan:1.5", "joint:1.5", "plan:2", "joint:2", "plan:2.5"]  # fmt: skip
 TRELLIS = ["t0_5", "t0_75", "t1", "t1_25", "t1_5", "t2", "t2_5", "t3", "t4"]
 
 
@@ -63,8 +63,8 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
 
     kind, _, bits = method.partition(":")
     # A uniform plan has one candidate; its target only has to be wide enough.
-    names = TRELLIS if kind == "plan" else [kind]
-    recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if kind == 'plan' else 'uniform'}",
+    names = TRELLIS if bits else [kind]
+    recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={str(kind == 'joint').lower()}",
                           f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
                           "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
