@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moecompress.allocate.candidates import Unit, unit_id
-from moecompress.allocate.joint import Ladder, Level, joint_plan
+from moecompress.allocate.joint import Ladder, Level, joint_plan, smallest_joint
 from moecompress.allocate.plan import Control, Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
 from moecompress.calibrate import prediction
@@ -128,12 +128,17 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
     candidates = [Scheme.parse(name) for name in statistics.schemes]
     settings = job.recipe.allocate
     budget = expert_budget(job, statistics.schemes)
-    least = smallest_bytes(units, candidates, harm)
+    of_all = least = smallest_bytes(units, candidates, harm)
     joint = may_drop(job) and statistics.thinned
     if settings.drop is True and not joint:
         raise UserError("The statistics do not say what dropping experts costs", expected="statistics made with allocate.drop=true",
                         remedy="calibrate again with this recipe, or leave allocate.drop out")  # fmt: skip
-    if budget is not None and budget < least and not joint:
+    header = 2 * 130 if job.recipe.target.size is not None else 0
+    tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values())  # of who serves for whom
+    if joint:
+        of_some = smallest_joint(units, candidates, harm, ladder_of(statistics)) + tables
+        joint, least = budget is not None and budget >= of_some, min(of_all, of_some)
+    if budget is not None and budget < least:
         raise too_small(job, budget, least)
     factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None
     seed = job.recipe.compute.seed
@@ -143,8 +148,6 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
 
     def jointly(budget_bytes: int | None) -> Plan:
         assert budget_bytes is not None
-        header = 2 * 130 if job.recipe.target.size is not None else 0
-        tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values())  # of who serves for whom
         return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes - tables, settings, seed)
 
     def made_by(make: Callable[[int | None], Plan]) -> Plan:
@@ -156,10 +159,9 @@ def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
         return made
 
     books = shared_bytes(job.opened.anatomy, statistics.schemes)
-
     others: dict[str, Plan] = {}
     made = made_by(jointly if joint else bits_alone)
-    if budget is None or budget >= least:
+    if budget is None or budget >= of_all:
         bits = made_by(bits_alone) if joint else made
         if made.dropped:
             others["bits"] = bits

@@ -260,7 +260,8 @@ def test_a_dense_model_is_refused(tmp_path, moecompress, quick, tokenizer_folder
 
 @pytest.mark.parametrize("target, words", [
     (["--target-size", "200kB"], ["cannot be reached", "200,000 bytes", "at least"]),
-    (["--target-bits", 1.5], ["cannot be reached", "bits per expert weight", "1.5"]),
+    (["--target-bits", 0.1], ["cannot be reached", "bits per expert weight", "0.1"]),
+    (["--target-bits", 1.5, "--set", "allocate.drop=false"], ["cannot be reached", "bits per expert weight", "1.5"]),
     (["--target-size", "80 parsecs"], ["not a size", "14GB"]),
     (["--target-size", "-3MB"], ["not a size"]),
     (["--target-bits", 0], ["target.bits"]),
@@ -274,10 +275,11 @@ def test_target(target, words, tiny_model, tmp_path, moecompress, quick):
 
 
 def test_smallest_size_that_is_named_is_reachable(tiny_model, tmp_path, moecompress, quick):
-    ran = moecompress("quantize", tiny_model, "-o", tmp_path / "out", "--target-size", "200kB", *quick)
-    least = int(ran.err.split("at least ")[1].split(" bytes")[0].replace(",", ""))
-    refused(moecompress("plan", tiny_model, "--target-size", least - 1, *quick), ["cannot be reached", f"{least:,}"])
-    assert moecompress("plan", tiny_model, "--target-size", least, *quick).code == 0
+    for options in ([], ["--set", "allocate.drop=false"]):
+        ran = moecompress("quantize", tiny_model, "-o", tmp_path / "out", "--target-size", "200kB", *options, *quick)
+        least = int(ran.err.split("at least ")[1].split(" bytes")[0].replace(",", ""))
+        refused(moecompress("plan", tiny_model, "--target-size", least - 1, *options, *quick), ["cannot be reached", f"{least:,}"])
+        assert moecompress("plan", tiny_model, "--target-size", least, *options, *quick).code == 0
 
 
 def test_recipe_faults(tiny_model, tmp_path, moecompress, quick):

@@ -78,6 +78,12 @@ def joint_plan(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.
     return replace(plan, lower_bound=bound, gap=(plan.harm - bound) / plan.harm if plan.harm > 0 else 0.0)
 
 
+def smallest_joint(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.ndarray, ladder: Ladder) -> int:
+    """The least that the units can weigh with the candidates that they are allowed and any levels."""
+    price, harm = stored_bytes_and_harm(units, candidates, harm)
+    return sum(min(minimum_bytes(price[rung.left], rung.harm) for rung in options) for options in _rungs(units, harm, ladder).values())
+
+
 def best_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_bytes: int) -> tuple[tuple[int, ...], float]:
     """Level of every layer, and a lower bound on the harm of any choice of levels and candidates."""
     seen, bound = _on_the_way(price, rungs, budget_bytes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,8 @@ def export(model: Path, output: Path, dtype: str, load_bits: int | None = None) 
     if not banks:
         raise UserError(f"{model} has no ternary experts", expected="candidates of code dictionary or ternary", remedy="keep the folder as it is")
     work = _fresh(output)
-    for shard in track(sorted(model.glob("*.safetensors")), "archive"):
-        tensors = _read(shard)
-        for name, bank in banks.items():
-            if f"{name}.levels" in tensors:
-                tensors |= {f"{name}.{part}": tensor for part, tensor in _archived(name, bank, tensors).items()}
-        write_shard(work / shard.name, tensors)
-    for name in [*listed, f"{FOLDER}/manifest.json"]:
-        if not name.endswith(".safetensors"):
+    for name in track(_all(listed), "archive"):
+        if not _rewritten(model / name, work / name, banks, _archived):
             _copy(model / name, work / (CONFIG if name == "config.json" else name))
     record = {"version": 1, "banks": {name: {"scheme": bank.scheme.name, "cols": bank.cols} for name, bank in banks.items()}}
     write_text(work / RECORD, json.dumps(record, indent=1))
@@ -64,18 +59,30 @@ def restore(model: Path, output: Path, dtype: str, load_bits: int | None = None)
         raise UserError(f"{model} is no archive", expected=RECORD, remedy="pass a folder made by `moecompress export --format archive`")
     listed, banks = read_manifest(model)["files"], read_object(model / RECORD).get("banks", {})
     work = _fresh(output)
-    for shard in track(sorted(model.glob("*.safetensors")), "restore"):
-        tensors = _read(shard)
-        for name, bank in banks.items():
-            if f"{name}.levels" in tensors:
-                tensors |= {f"{name}.{part}": tensor for part, tensor in _restored(name, bank, tensors).items()}
-        write_shard(work / shard.name, tensors)
-    for name in [*listed, f"{FOLDER}/manifest.json"]:
-        if not name.endswith(".safetensors"):
+    for name in track(_all(listed), "restore"):
+        if not _rewritten(model / name, work / name, banks, _restored):
             _copy(model / (CONFIG if name == "config.json" else name), work / name)
     verify_files(work)
     give_name(work, output)
     return _said(output, "packed")
+
+
+def _all(listed: Iterable[str]) -> list[str]:
+    return [*listed, f"{FOLDER}/manifest.json"]
+
+
+def _rewritten(source: Path, target: Path, banks: dict[str, Any], change: Callable[[str, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+               ) -> bool:  # fmt: skip
+    """Write ``source`` with the banks that are in it changed; False if it has none and is to be copied as it is."""
+    if source.suffix != ".safetensors" or not source.exists():
+        return False
+    tensors = _read(source)
+    here = [name for name in banks if f"{name}.levels" in tensors]
+    for name in here:
+        tensors |= {f"{name}.{part}": tensor for part, tensor in change(name, banks[name], tensors).items()}
+    if here:
+        write_shard(target, tensors)
+    return bool(here)
 
 
 def _archived(name: str, bank: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

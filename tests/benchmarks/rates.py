@@ -3,8 +3,9 @@
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
-the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out. KL and perplexity as `moecompress evaluate` measures them, in
-float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk: calibration passes, rounding, packing, writing.
+the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out.
+KL and perplexity as `moecompress evaluate` measures them, in float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk:
+calibration passes, rounding, packing, writing.
 """
 
 from __future__ import annotations
