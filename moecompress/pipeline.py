@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,42 +18,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from moecompress.allocate.candidates import Unit, unit_id
-from moecompress.allocate.joint import Ladder, Level, joint_plan, smallest_joint
-from moecompress.allocate.plan import Control, Plan, make_plan, smallest_bytes, uniform_plan
-from moecompress.allocate.pmq import Factors
+from moecompress.allocate.candidates import unit_id
+from moecompress.allocate.plan import Plan
 from moecompress.calibrate import prediction
 from moecompress.calibrate.gradient import by_gradient, refuse_large
 from moecompress.calibrate.observe import observe
 from moecompress.calibrate.statistics import Statistics
-from moecompress.compress import Shared, Work, compress, kept_experts, linear_schemes, rest_shards, role_bits
+from moecompress.compress import Work, compress, linear_schemes, role_bits
 from moecompress.distill.repair import refuse_little_memory, repair_routers
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Divergence, Trace, bootstrap, compare, trace
 from moecompress.job import Job, finish, identity, open_work, refuse_full_disk, refuse_target, work_folder
 from moecompress.job import make_job as make_job
-from moecompress.model.anatomy import EXPERT, Anatomy
+from moecompress.model.anatomy import Anatomy
 from moecompress.model.checkpoint import copy_companions, read_config, write_index, write_text
 from moecompress.model.walk import OpenModel
 from moecompress.pack.manifest import FOLDER, expert_bytes, fates
-from moecompress.pack.scheme import DROPPED, NESTED, Scheme
-from moecompress.pack.size import shard_bytes
+from moecompress.pack.scheme import Scheme
+from moecompress.plans import (
+    by_layer,
+    fixed_bytes,
+    gone_experts,
+    may_drop,
+    plan_and_others,
+    refuse_no_target,
+    routed_again,
+    shared_by,
+    ways_of,
+)
 from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
-from moecompress.recipe import Recipe, expert_of
 from moecompress.route.folder import Wish, choose, learned, record_of, store
 from moecompress.route.frontier import Bench
-from moecompress.runtime.bank import bank_tensors
 from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 from moecompress.runtime.skipping import KEY
-from moecompress.transform.shed import Slicing, thinning
+from moecompress.transform.shed import thinning
 from moecompress.transform.shrink import with_number
-
-#: A plan for a target size is refined until less than this share of it is left over, or this often.
-SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
-#: Above so many bits a weight, dropping experts has never been worth it, so "auto" does not measure it.
-DROP_BELOW = 2.25
 
 
 @dataclass(frozen=True)
@@ -92,103 +92,6 @@ def calibrate(job: Job, work: Path) -> Statistics:
     return statistics
 
 
-def ways_of(job: Job) -> Slicing | None:
-    """How layers get fewer experts to route to; None where this family cannot, and only matrices can be shared."""
-    try:
-        return job.slicing
-    except UserError as error:
-        notice(f"this model's routers cannot do with fewer experts ({error.what}): experts that are left out are served by others")
-        return None
-
-
-def may_drop(job: Job) -> bool:
-    """Is leaving experts out among the candidates?"""
-    wish = job.recipe.allocate
-    if wish.drop is False or wish.allocator != "global":
-        return False
-    if wish.drop is True:
-        return True
-    target = job.recipe.target
-    if target.bits is None and target.size is None:  # statistics for no plan in particular
-        return False
-    budget = expert_budget(job)
-    return budget is not None and 8 * budget < DROP_BELOW * job.given.opened.anatomy.expert_weights
-
-
-def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
-    """The recipe's plan and the uniform plan of the same bytes."""
-    made, others = plans(job, statistics)
-    return made, others.get("uniform", made)
-
-
-def plans(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
-    """The recipe's plan, and others of the same target: "bits", if the plan leaves experts out and keeping all of them is
-    possible, and "uniform"."""
-    units, harm = units_of(job.opened, statistics)
-    candidates = [Scheme.parse(name) for name in statistics.schemes]
-    settings = job.recipe.allocate
-    budget = expert_budget(job, statistics.schemes)
-    of_all = least = smallest_bytes(units, candidates, harm)
-    joint = may_drop(job) and statistics.thinned
-    if settings.drop is True and not joint:
-        raise UserError("The statistics do not say what dropping experts costs", expected="statistics made with allocate.drop=true",
-                        remedy="calibrate again with this recipe, or leave allocate.drop out")  # fmt: skip
-    header = 2 * 130 if job.recipe.target.size is not None else 0
-    tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values())  # of who serves for whom
-    if joint:
-        of_some = smallest_joint(units, candidates, harm, ladder_of(statistics)) + tables
-        joint, least = budget is not None and budget >= of_some, min(of_all, of_some)
-    if budget is not None and budget < least:
-        raise too_small(job, budget, least)
-    factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None
-    seed = job.recipe.compute.seed
-
-    def bits_alone(budget_bytes: int | None) -> Plan:
-        return make_plan(units, candidates, harm, budget_bytes, settings, factors=factors, seed=seed)
-
-    def jointly(budget_bytes: int | None) -> Plan:
-        assert budget_bytes is not None
-        return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes - tables, settings, seed)
-
-    def made_by(make: Callable[[int | None], Plan]) -> Plan:
-        made = make(budget)
-        if job.recipe.target.size is not None and budget is not None:
-            made = use_whole_size(made, budget, job.recipe.target.size, make, lambda plan: written_bytes(job, plan))
-        elif books and budget is not None:  # those that the plan does not need leave bytes to it
-            made = use_whole_size(made, budget, budget + books, make, lambda plan: plan.bytes + shared_bytes_of(job.opened.anatomy, plan))
-        return made
-
-    books = shared_bytes(job.opened.anatomy, statistics.schemes)
-    others: dict[str, Plan] = {}
-    made = made_by(jointly if joint else bits_alone)
-    if budget is None or budget >= of_all:
-        bits = made_by(bits_alone) if joint else made
-        if made.dropped:
-            others["bits"] = bits
-        else:
-            made = bits
-        # Every plan fits what all books leave; another one with the bytes of this plan may need more of them.
-        allowed = budget if books and budget is not None else others.get("bits", made).target_bytes
-        others["uniform"] = uniform_plan(units, candidates, harm, allowed)
-    if made.dropped:
-        made = replace(made, controls={name: Control(other.bytes, other.harm) for name, other in others.items()})
-    return made, others
-
-
-def ladder_of(statistics: Statistics) -> Ladder:
-    """Layer -> the ways to thin it out, with predicted KL."""
-    ladder: dict[int, list[Level]] = {}
-    for index, layer in statistics.layers.items():
-        found = layer.thinning
-        assert found is not None
-        ladder[index] = []
-        for into, share, again, error, growth in zip(*vars(found).values(), strict=True):
-            gone = (into != torch.arange(len(into))).nonzero().flatten()
-            serving = zip(into[gone].tolist(), share[gone].tolist(), strict=True)
-            ladder[index].append(Level(tuple(gone.tolist()), float(error) * layer.nats, growth.numpy(), () if again else tuple(serving)))
-    return ladder
-
-
 def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False) -> Result:
     """Compress ``job`` into the folder ``out``, which appears only when it is complete and verified."""
     refuse_target(out)
@@ -197,7 +100,7 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     open_work(work, job.fingerprint(), fresh)
     job, steps = transformed(job, work)
     statistics = calibrate(job, work / "calibrate")
-    chosen_plan, others = plans(job, statistics)
+    chosen_plan, others = plan_and_others(job, statistics)
     if dry_run:
         return Result(None, chosen_plan, statistics, manifest={"steps": without_fates(steps)} if steps else {})
     tried = {"plan": chosen_plan}
@@ -284,28 +187,6 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
     }  # fmt: skip
 
 
-def gone_experts(schemes: dict[int, dict[str, list[Scheme]]]) -> dict[int, list[int]]:
-    """Layer -> the experts that a plan leaves out, for the layers where it does."""
-    gone = {layer: sorted(set(range(len(next(iter(s.values()))))) - set(kept_experts(s))) for layer, s in schemes.items()}
-    return {layer: experts for layer, experts in gone.items() if experts}
-
-
-def routed_again(anatomy: Anatomy, chosen: Plan) -> list[int]:
-    """Layers whose routers know fewer experts."""
-    return sorted(gone_experts(by_layer(anatomy, chosen)).keys() - shared_by(anatomy, chosen).keys())
-
-
-def shared_by(anatomy: Anatomy, chosen: Plan) -> dict[int, Shared]:
-    """Layers whose routers stay as they are, while others serve for the experts that are left out."""
-    found: dict[int, Shared] = {}
-    for name, (by, factor) in chosen.shared.items():
-        layer, expert = expert_of(name)
-        experts = anatomy.moe[layer].layout.experts
-        one = found.setdefault(layer, Shared(torch.arange(experts), torch.ones(experts)))
-        one.into[expert], one.factor[expert] = by, factor
-    return found
-
-
 def with_fewer(config: dict[str, Any], job: Job, kept: dict[int, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json of a model whose layers keep these experts, and what its quantization_config says of them. Where all layers keep
     equally many it is an ordinary config with another number."""
@@ -381,175 +262,11 @@ def load_and_measure(folder: Path, batches: list[torch.Tensor], reference: Trace
     return compare(OpenModel(folder, dtype, prepare=prepare(folder)), batches, reference, "compressed on held-out text")
 
 
-# --- budgets --------------------------------------------------------------------------------------------------------
-
-
-def units_of(opened: OpenModel, statistics: Statistics) -> tuple[list[Unit], np.ndarray]:
-    """All expert matrices and their predicted harm [units, candidates]."""
-    size = opened.stored_dtype.itemsize
-    units, rows = [], []
-    for layer, harm in statistics.predicted_harm().items():
-        layout = opened.anatomy.moe[layer].layout
-        for expert in range(layout.experts):
-            for p, projection in enumerate(layout.projections):
-                units.append(
-                    Unit(unit_id(layer, expert, projection), layer, expert, projection, *layout.shape(projection), size)
-                )
-                rows.append(harm[expert, p].numpy())
-    return units, np.stack(rows)
-
-
-def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]]]:
-    """The plan as layer -> projection -> scheme of each expert."""
-    assigned = chosen.assignments()
-    return {
-        layer: {
-            p: [assigned[unit_id(layer, e, p)].fitted(moe.layout.shape(p)[1]) for e in range(moe.layout.experts)]
-            for p in moe.layout.projections
-        }
-        for layer, moe in anatomy.moe.items()
-    }
-
-
 def _by_unit(anatomy: Anatomy, values: dict[str, float]) -> dict[str, float]:
     """What was recorded by module.expert.projection, by unit."""
     layer_of = {moe.module: layer for layer, moe in anatomy.moe.items()}
     parts = {name: name.rsplit(".", 2) for name in values}
     return {unit_id(layer_of[module], int(e), p): values[name] for name, (module, e, p) in parts.items()}
-
-
-def use_whole_size(made: Plan, budget: int, size: int, make: Callable[[int], Plan], written: Callable[[Plan], int]) -> Plan:
-    """``budget`` allowed for the longest headers and all the books that any plan needs; give what this plan's leave to its
-    matrices. ``written``: all bytes of a plan, ``size`` at most."""
-    best = made
-    for _ in range(SIZE_ROUNDS):
-        left = size - written(made)
-        if 0 <= left < SIZE_SLACK * size:
-            break
-        # Too large: the next plan must be another one, so it may not even have this one's bytes.
-        budget = budget + left if left >= 0 else min(budget + left, made.bytes - 1)
-        made = make(budget)
-        if written(made) <= size and made.bytes > best.bytes:
-            best = made
-    return best
-
-
-def written_bytes(job: Job, chosen: Plan) -> int:
-    """Exact bytes of all shards of a plan, headers included."""
-    opened, q = job.opened, job.recipe.quantize
-    linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
-    schemes = by_layer(opened.anatomy, chosen)
-    again, shared = routed_again(opened.anatomy, chosen), shared_by(opened.anatomy, chosen)
-    axes = job.slicing.axes if again else {}
-    kept = {layer: len(kept_experts(schemes[layer])) for layer in again}
-    total = sum(shard_bytes({info.name: (info.dtype, info.shape) for info in batch}) for batch in rest_shards(opened))
-    for layer in range(opened.anatomy.num_layers):
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for info in opened.anatomy.of_layer(layer):
-            linear = info.target.removesuffix(".weight")
-            if linear in linears:
-                bank = bank_tensors(linears[linear], 1, info.shape[0], info.shape[1], opened.stored_dtype)
-                tensors.update({f"{linear}.packed.{name}": tensor for name, tensor in bank.items()})
-            elif info.role != EXPERT:
-                left = kept.get(layer, 0) if info.target in axes else 0
-                shape = tuple(left if left and i == axes[info.target] else n for i, n in enumerate(info.shape))
-                tensors[info.name] = (info.dtype, shape)
-        if layer in opened.anatomy.moe:
-            moe = opened.anatomy.moe[layer]
-            tensors[f"{moe.module}.down_proj"] = (torch.uint8, (1, 1, 1))
-            if layer in shared:
-                for name, dtype in (("into", torch.int32), ("share", torch.float32)):
-                    tensors[f"{moe.module}.packed.{name}"] = (dtype, (moe.layout.experts,))
-            for projection, chosen_schemes in schemes[layer].items():
-                for scheme, count in Counter(s for s in chosen_schemes if s != DROPPED).items():
-                    where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"
-                    bank = bank_tensors(scheme, count, *moe.layout.shape(projection), opened.stored_dtype)
-                    tensors.update({f"{where}.{name}": tensor for name, tensor in bank.items()})
-                    tensors[f"{where}.experts"] = (torch.int32, (count,))
-        total += shard_bytes(tensors)
-    return total
-
-
-def index_bytes(anatomy: Anatomy) -> int:
-    """int32 per expert and projection: which expert a matrix of a bank belongs to."""
-    return sum(4 * moe.layout.experts * len(moe.layout.projections) for moe in anatomy.moe.values())
-
-
-def shared_bytes(anatomy: Anatomy, schemes: list[str]) -> int:
-    """What the matrices of a bank have in common (books), if every scheme is used in every layer and projection."""
-    return sum(Scheme.parse(name).shared_bytes for name in schemes) * sum(len(moe.layout.projections) for moe in anatomy.moe.values())
-
-
-def shared_bytes_of(anatomy: Anatomy, chosen: Plan) -> int:
-    """The same for the schemes that a plan uses."""
-    banks = (scheme for layer in by_layer(anatomy, chosen).values() for schemes in layer.values() for scheme in set(schemes))
-    return sum(scheme.shared_bytes for scheme in banks)
-
-
-def expert_budget(job: Job, schemes: list[str] | None = None) -> int | None:
-    """Bytes that the matrices of all experts may take; indices and what the matrices of a bank share are excluded.
-    ``schemes``: of the candidates (None: the recipe's)."""
-    target, anatomy = job.recipe.target, job.opened.anatomy
-    schemes = [scheme.name for scheme in job.schemes] if schemes is None else schemes
-    if target.bits is not None:
-        allowed = int(target.bits * job.given.opened.anatomy.expert_weights / 8)
-        return allowed - index_bytes(anatomy) - shared_bytes(anatomy, schemes)
-    if target.size is not None:
-        return target.size - fixed_bytes(job, schemes)
-    refuse_no_target(job.recipe)
-    return None
-
-
-def refuse_no_target(recipe: Recipe) -> None:
-    own = recipe.allocate.allocator == "pmq" and recipe.allocate.layer_bits is not None
-    if recipe.target.bits is None and recipe.target.size is None and not own:
-        raise UserError("No target", expected="a size or a number of bits",
-                        remedy="pass --target-size 80MB or --target-bits 2.5, or put target.size or target.bits in the recipe"
-                        + ("; its transform steps alone are what `moecompress prune` does" if recipe.transform else ""))  # fmt: skip
-
-
-def fixed_bytes(job: Job, schemes: list[str]) -> int:
-    """Bytes of the shards that no plan changes: kept tensors, packed linears, indices; the files' headers and books at most."""
-    opened, q = job.opened, job.recipe.quantize
-    linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
-    size, names = index_bytes(opened.anatomy) + shared_bytes(opened.anatomy, schemes), 0
-    for info in opened.anatomy.tensors:
-        linear = info.target.removesuffix(".weight")
-        if linear in linears:
-            size += linears[linear].price(*info.shape)
-            names += 3 * (len(info.name) + 90)
-        elif info.role != EXPERT:
-            size += info.nbytes
-            names += len(info.name) + 90
-    known = [Scheme.parse(name) for name in schemes]
-    entries = 7 if any(scheme.outliers for scheme in known) else 6 if any(scheme.code == NESTED for scheme in known) else 4
-    for moe in opened.anatomy.moe.values():
-        per_bank = entries * (len(moe.module) + 130)
-        names += len(moe.layout.projections) * min(len(schemes), moe.layout.experts) * per_bank + 130
-    shards = opened.anatomy.num_layers + len(rest_shards(opened))
-    return size + names + 100 * shards
-
-
-def too_small(job: Job, budget: int, least: int) -> UserError:
-    target = job.recipe.target
-    if target.size is not None:
-        smallest = target.size - budget + least
-        return UserError("The target size cannot be reached", expected=f"at least {smallest:,} bytes with these candidates",
-                         got=f"{target.size:,} bytes", remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
-    weights, anatomy = job.given.opened.anatomy.expert_weights, job.opened.anatomy
-    extra = index_bytes(anatomy) + shared_bytes(anatomy, [scheme.name for scheme in job.schemes])
-    return UserError("The target cannot be reached", expected=f"at least {8 * (least + extra) / weights:.4f} bits per expert weight",
-                     got=target.bits, remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
-
-
-def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
-    """PMQ's factors from our statistics: the block error is the root of the expected squared error of all projections."""
-    layers = list(statistics.layers.values())
-    return Factors(
-        frequency=np.stack([layer.counts.double().numpy() for layer in layers]),
-        weight=np.stack([layer.gate_sum.numpy() for layer in layers]),
-        error=np.stack([layer.harm.sum(1).sqrt().numpy() for layer in layers]),
-    )
 
 
 def check_space(out: Path, job: Job, tried: list[Plan]) -> None:

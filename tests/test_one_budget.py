@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import job_of, weight_bytes
 from transformers import AutoModelForCausalLM
 
-from moecompress import pipeline
+from moecompress import pipeline, plans
 from moecompress.allocate.plan import Plan
 from moecompress.errors import UserError
 from moecompress.export.dense import export
@@ -30,14 +30,14 @@ WIDE = "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}, {bits: 4,
 @contextmanager
 def only(way: str) -> Iterator[None]:
     """Let the allocator leave experts out in one way: tokens are routed "again", or other experts are "shared"."""
-    whole = pipeline.ladder_of
+    whole = plans.ladder_of
 
     def ladder_of(statistics):
         return {layer: [level for level in levels if not level.gone or bool(level.shared) == (way == "shared")]
                 for layer, levels in whole(statistics).items()}  # fmt: skip
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "ladder_of", ladder_of)
+        patch.setattr(plans, "ladder_of", ladder_of)
         yield
 
 
@@ -138,9 +138,9 @@ def test_what_does_not_fit_is_refused(thinned, tmp_path):
 
 def test_equal_layers_are_an_ordinary_checkpoint(tiny_model, text_file, tmp_path, monkeypatch):
     """All layers with as many experts: the config says so with its own number, and the dense export is plain."""
-    whole = pipeline.ladder_of
+    whole = plans.ladder_of
     last = lambda levels: [level for level in levels if not level.shared][-1:]  # noqa: E731
-    monkeypatch.setattr(pipeline, "ladder_of", lambda s: {layer: last(levels) for layer, levels in whole(s).items()})
+    monkeypatch.setattr(plans, "ladder_of", lambda s: {layer: last(levels) for layer, levels in whole(s).items()})
     job = job_of(tiny_model, text_file, "target.bits=3", WIDE, "allocate.drop=true", "allocate.compare=none")
     pipeline.quantize(job, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -156,7 +156,7 @@ def test_joint_plan_must_beat_the_others(tiny_model, text_file, tmp_path):
     """Where all experts fit, too, both ways and the uniform plan are measured, and the best is written."""
     recipe = ["target.bits=2.4", WIDE, "allocate.drop=true"]
     result = pipeline.quantize(job_of(tiny_model, text_file, *recipe), tmp_path / "out")
-    plan, others = pipeline.plans(job_of(tiny_model, text_file, *recipe), result.statistics)
+    plan, others = plans.plan_and_others(job_of(tiny_model, text_file, *recipe), result.statistics)
     assert set(others) == ({"bits", "uniform"} if plan.dropped else {"uniform"})
     kl = {label: row["kl_mean"] for label, row in result.measured.items() if "minus" not in label}
     assert kl[result.chosen] == min(kl.values())
@@ -174,7 +174,7 @@ def test_byte_target_with_drops(tiny_model, text_file, tmp_path, drop):
             pipeline.quantize(job, tmp_path / "out")
         return
     result = pipeline.quantize(job, tmp_path / "out")
-    assert result.plan.dropped and pipeline.written_bytes(job, result.plan) == weight_bytes(tmp_path / "out") <= size
+    assert result.plan.dropped and plans.written_bytes(job, result.plan) == weight_bytes(tmp_path / "out") <= size
 
 
 def test_guard_names_the_layer(tiny_model, text_file, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moecompress import pipeline
+from moecompress import pipeline, plans
 from moecompress.recipe import load_recipe, recipe_from
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -148,7 +148,7 @@ def test_rounding_settings_all_work(tiny_model, text_file, tmp_path):
 def test_written_bytes_are_predicted(tiny_model, text_file, tmp_path):
     job = job_of(tiny_model, text_file, "target.bits=4", "allocate.compare=none")
     result = pipeline.quantize(job, tmp_path / "out")
-    assert weight_bytes(tmp_path / "out") == pytest.approx(pipeline.written_bytes(job, result.plan), abs=0)
+    assert weight_bytes(tmp_path / "out") == pytest.approx(plans.written_bytes(job, result.plan), abs=0)
 
 
 def test_every_code_in_one_plan(wide, text_file, tmp_path):

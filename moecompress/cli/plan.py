@@ -74,7 +74,7 @@ def command(
         return
     if model is None:
         raise UserError("Nothing to plan for", expected="a model, or --from-factors FILE")
-    from moecompress import pipeline
+    from moecompress import pipeline, plans
     from moecompress.calibrate.statistics import Statistics
     from moecompress.cli.common import recipe_of, refuse_steps
 
@@ -102,14 +102,14 @@ def command(
 
         with tempfile.TemporaryDirectory() as work:
             statistics = pipeline.calibrate(job, Path(work) / "calibrate")
-    made, _ = pipeline.plan(job, statistics)
+    made, _ = plans.plan(job, statistics)
     if output is not None:
         output.write_text(made.to_json(), encoding="utf-8")
-    extra = pipeline.index_bytes(job.opened.anatomy) + pipeline.shared_bytes_of(job.opened.anatomy, made)
+    extra = plans.index_bytes(job.opened.anatomy) + plans.shared_bytes_of(job.opened.anatomy, made)
     record = {
         "allocator": made.allocator, "granularity": made.granularity, "bytes": made.bytes,
         "bits_per_weight": 8 * (made.bytes + extra) / job.opened.anatomy.expert_weights,
-        "total_bytes": pipeline.written_bytes(job, made), "predicted_kl": made.harm, "gap": made.gap,
+        "total_bytes": plans.written_bytes(job, made), "predicted_kl": made.harm, "gap": made.gap,
         "controls": {name: {"bytes": c.bytes, "predicted_kl": c.harm} for name, c in made.controls.items()},
         "plan": {choice.unit: choice.candidate for choice in made.choices},
     }  # fmt: skip

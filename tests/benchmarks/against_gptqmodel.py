@@ -73,7 +73,7 @@ def gptqmodel(arguments: argparse.Namespace, setting: str, work: Path) -> dict:
 def moecompress(model: Path, tokens, unseen, size: int, allocator: str, work: Path) -> dict:
     from transformers import AutoModelForCausalLM
 
-    from moecompress import pipeline
+    from moecompress import pipeline, plans
     from moecompress.recipe import recipe_from
 
     job = pipeline.make_job(
@@ -83,7 +83,7 @@ def moecompress(model: Path, tokens, unseen, size: int, allocator: str, work: Pa
         tokens=tokens,
     )  # fmt: skip
     statistics = pipeline.calibrate(job, work / "calibrate")
-    chosen, _ = pipeline.plan(job, statistics)
+    chosen, _ = plans.plan(job, statistics)
     start = time.perf_counter()
     pipeline.build(job, statistics, chosen, work / "built", "plan")
     seconds = time.perf_counter() - start

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work: Path, changes: list[str]) -> dict:
-    from moecompress import pipeline
+    from moecompress import pipeline, plans
     from moecompress.recipe import recipe_from
 
     kind, _, bits = method.partition(":")
@@ -70,7 +70,7 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
                           "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
     statistics = pipeline.calibrate(job, work / f"calibrate-{kind}")
-    chosen, _ = pipeline.plan(job, statistics)
+    chosen, _ = plans.plan(job, statistics)
     start = time.perf_counter()
     record = pipeline.build(job, statistics, chosen, work / "built", "plan")
     seconds = time.perf_counter() - start

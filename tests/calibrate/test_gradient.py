@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moecompress import pipeline
+from moecompress import pipeline, plans
 from moecompress.calibrate import gradient
 from moecompress.calibrate.statistics import LayerStatistics, Statistics
 from moecompress.errors import UserError
@@ -102,8 +102,8 @@ def test_statistics_come_back_and_plans_use_them(made, tmp_path: Path) -> None:
         assert torch.allclose(harm, one.harm * one.sensitivity / one.tokens * one.importance[:, None, None])
     forward = {index: LayerStatistics(**{**vars(one), "importance": None}) for index, one in statistics.layers.items()}
     other = Statistics(statistics.schemes, statistics.projections, forward, "", "")
-    plain = {choice.unit: choice for choice in pipeline.plan(job, other)[0].choices}
-    for choice in pipeline.plan(job, again)[0].choices:
+    plain = {choice.unit: choice for choice in plans.plan(job, other)[0].choices}
+    for choice in plans.plan(job, again)[0].choices:
         if choice.candidate == plain[choice.unit].candidate:
             importance = statistics.layers[int(choice.unit[1:3])].importance
             assert importance is not None

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moecompress import pipeline
+from moecompress import pipeline, plans
 from moecompress.calibrate.data import token_batches
 from moecompress.calibrate.statistics import Statistics
 from moecompress.model.skeleton import load_tokenizer
@@ -61,16 +61,16 @@ def test_no_plan_is_larger_than_its_target(target, tiny_model, tokens, folder):
     job = pipeline.make_job(str(tiny_model), recipe, tokens=tokens)
     statistics = Statistics.load(folder / "moecompress")
     anatomy = job.opened.anatomy
-    assert pipeline.shared_bytes(anatomy, statistics.schemes) == 9 * (2048 + 4096)
-    for plan in pipeline.plan(job, statistics):
-        books = pipeline.shared_bytes_of(anatomy, plan)
+    assert plans.shared_bytes(anatomy, statistics.schemes) == 9 * (2048 + 4096)
+    for plan in plans.plan(job, statistics):
+        books = plans.shared_bytes_of(anatomy, plan)
         used = {(choice.unit[:3], choice.unit.split(".")[2], choice.candidate) for choice in plan.choices if choice.candidate[0] == "v"}
         assert books == sum({"v1": 4096, "v2": 2048}[name] for _, _, name in used)
         if recipe.target.bits is not None:
             allowed = int(recipe.target.bits * anatomy.expert_weights / 8)
-            assert plan.bytes + books + pipeline.index_bytes(anatomy) <= allowed
+            assert plan.bytes + books + plans.index_bytes(anatomy) <= allowed
         else:
-            assert pipeline.written_bytes(job, plan) <= recipe.target.size
+            assert plans.written_bytes(job, plan) <= recipe.target.size
 
 
 def test_bytes_of_books_that_a_plan_does_not_need_are_spent(tiny_model, tokens, folder):
@@ -83,7 +83,7 @@ def test_bytes_of_books_that_a_plan_does_not_need_are_spent(tiny_model, tokens, 
         harm = layer.harm.clone()
         harm[..., [name[0] == "v" for name in statistics.schemes]] *= 1e6
         layers[index] = replace(layer, harm=harm)
-    plan, uniform = pipeline.plan(job, replace(statistics, layers=layers))
-    allowed = int(3.5 * job.opened.anatomy.expert_weights / 8) - pipeline.index_bytes(job.opened.anatomy)
-    assert pipeline.shared_bytes_of(job.opened.anatomy, plan) == 0
+    plan, uniform = plans.plan(job, replace(statistics, layers=layers))
+    allowed = int(3.5 * job.opened.anatomy.expert_weights / 8) - plans.index_bytes(job.opened.anatomy)
+    assert plans.shared_bytes_of(job.opened.anatomy, plan) == 0
     assert allowed - 64 * 16 < plan.bytes <= allowed and uniform.bytes <= plan.bytes
