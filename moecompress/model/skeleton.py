@@ -229,6 +229,16 @@ class _Lazy:
         return self.read(self.name)
 
 
+def put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make ``tensor`` the parameter or buffer ``name`` of ``module``, whatever was there."""
+    where, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(where)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
 def release(module: nn.Module) -> None:
     """Send every parameter and persistent buffer of ``module`` back to the meta device, freeing its memory."""
     for part in module.modules():

@@ -22,7 +22,7 @@ from moecompress.pack.trellis import TrellisBank
 from moecompress.pack.vector import VectorBank
 from moecompress.quantize import gptq, low_rank, nested, outliers, ternary, trellis, vector, words
 from moecompress.quantize.grid import Grid, fit
-from moecompress.quantize.hessian import damped, damped_cholesky, factor, refuse
+from moecompress.quantize.hessian import damped, factor, lower_factors
 
 #: Nested codes need a copy of the weights for each width: so many weights, rows of all experts, are rounded at a time.
 NESTED_SLAB = 1 << 22
@@ -90,7 +90,7 @@ def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: 
         fallen = torch.tensor([name in failed for name in names])
     lower = None
     if VECTOR in codes:
-        lower, unfactored = _lower(hessian, names, settings)
+        lower, unfactored = lower_factors(hessian, settings.damping, names, settings.allow_fallback)
         fallen = fallen | unfactored
     if fallen.any():  # only the diagonal is believed then: rounding to nearest
         diagonal = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1))
@@ -100,19 +100,6 @@ def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: 
         turned, unfactored = trellis.study(hessian, names, settings.damping, settings.seed, settings.allow_fallback)
         fallen = fallen | unfactored
     return Inputs(hessian, order, upper, fallen, turned, lower)
-
-
-def _lower(hessian: torch.Tensor, names: list[str], settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower Cholesky factors [n, i, i] of damped Hessians, and [n] which have none: they get the diagonal's."""
-    lower, fallen = torch.empty_like(hessian), torch.zeros(len(names), dtype=torch.bool)
-    for index, name in enumerate(names):
-        found = damped_cholesky(hessian[index], settings.damping)
-        if found is None:
-            refuse(name, settings.damping, settings.allow_fallback)
-            fallen[index] = True
-            found = torch.diag(hessian[index].diagonal().clamp_min(1e-30).sqrt())
-        lower[index] = found
-    return lower, fallen
 
 
 def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, book: torch.Tensor | None = None

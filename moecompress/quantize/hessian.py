@@ -54,6 +54,20 @@ def factor(hessian: torch.Tensor, damping: float, names: list[str], allow_fallba
     return upper, fallen
 
 
+def lower_factors(hessian: torch.Tensor, damping: float, names: list[str], allow_fallback: bool = False
+                  ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Lower Cholesky factors [n, i, i] of H + λI as in `factor`, and [n] True for those that have none: they get the diagonal's."""
+    lower, fallen = torch.empty_like(hessian), torch.zeros(len(names), dtype=torch.bool)
+    for index, name in enumerate(names):
+        found = damped_cholesky(hessian[index], damping)
+        if found is None:
+            refuse(name, damping, allow_fallback)
+            fallen[index] = True
+            found = torch.diag(hessian[index].diagonal().clamp_min(1e-30).sqrt())
+        lower[index] = found
+    return lower, fallen
+
+
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """H + λI for H [E, i, i], λ = damping · mean diag H of each."""
     extra = (damping * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(1e-30)

@@ -14,7 +14,7 @@ from moecompress.kernels import trellis as search
 from moecompress.kernels.trellis_matmul import rotate
 from moecompress.pack.rotation import signs
 from moecompress.pack.trellis import TILE, TrellisBank, from_tiles, tile_shape, to_tiles
-from moecompress.quantize.hessian import damped_cholesky, refuse
+from moecompress.quantize.hessian import lower_factors
 
 #: Standard deviation given to the weights before the search, by rate: low rates code a smaller ball. Found on normal data.
 SPREAD = {0.5: 1.4, 0.75: 1.25, 1: 1.1, 1.25: 1.08, 1.5: 1.02, 2: 0.98, 2.5: 0.94, 3: 0.92, 4: 0.85}
@@ -55,14 +55,7 @@ def study(hessian: torch.Tensor, names: list[str], damping: float, seed: int = 0
     """Rotate Hessians [n, i, i] and factorise them; ``names`` for the error message. Also returns [n] which have no factor."""
     sign = signs(hessian.shape[-1], seed)
     turned = rotate(rotate(hessian, sign).transpose(1, 2), sign)
-    lower, fallen = torch.empty_like(turned), torch.zeros(len(names), dtype=torch.bool)
-    for index, name in enumerate(names):
-        found = damped_cholesky(turned[index], damping)
-        if found is None:
-            refuse(name, damping, allow_fallback)
-            fallen[index] = True
-            found = torch.diag(turned[index].diagonal().clamp_min(1e-30).sqrt())
-        lower[index] = found
+    lower, fallen = lower_factors(turned, damping, names, allow_fallback)
     return Turned(turned, lower), fallen
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moecompress.errors import UserError
 from moecompress.model.experts import layout_of
-from moecompress.model.skeleton import first_line, quiet_transformers
+from moecompress.model.skeleton import first_line, put, quiet_transformers
 
 
 def sprout(model: PreTrainedModel, keys: list[str], count: int) -> PreTrainedModel:
@@ -42,7 +42,7 @@ def graft(model: PreTrainedModel, experts: str, source: PreTrainedModel) -> tupl
     where = experts.rpartition(".")[0]
     old, new = model.get_submodule(where), source.get_submodule(where)
     for name, tensor in old.state_dict().items():
-        _put(new, name, torch.empty(new.state_dict()[name].shape, dtype=tensor.dtype, device="meta"))
+        put(new, name, torch.empty(new.state_dict()[name].shape, dtype=tensor.dtype, device="meta"))
     new.get_submodule(experts.removeprefix(where + ".")).config = model.get_submodule(experts).config
     parent, _, leaf = where.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
@@ -62,7 +62,7 @@ def keep_only(model: PreTrainedModel, experts: str, source: PreTrainedModel, kep
             tensor = tensor.index_select(axis, kept)
             if f"{where}.{name}" not in matrices:
                 sliced[f"{where}.{name}"] = tensor
-        _put(new, name, tensor)
+        put(new, name, tensor)
     return sliced
 
 
@@ -70,12 +70,3 @@ def smaller_axis(old: tuple[int, ...], new: tuple[int, ...]) -> int | None:
     """The axis on which two shapes differ; None if they are the same."""
     changed = [axis for axis, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
     return changed[0] if changed else None
-
-
-def _put(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    where, _, leaf = name.rpartition(".")
-    module = block.get_submodule(where)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

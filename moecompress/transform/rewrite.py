@@ -16,7 +16,7 @@ from moecompress.compress import Work, capture_layer, write_rest
 from moecompress.errors import UserError
 from moecompress.model.anatomy import IGNORED, MoELayer
 from moecompress.model.checkpoint import write_index, write_shard
-from moecompress.model.skeleton import release, stored_names
+from moecompress.model.skeleton import put, release, stored_names
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.manifest import LEFT_OUT
 from moecompress.progress import track
@@ -126,13 +126,7 @@ def _replace_layer(opened: OpenModel, smaller: Smaller, layer: int, changed: dic
     old, new = opened.layers[layer], smaller.model.get_submodule(f"{opened.anatomy.stack}.{layer}")
     prefix = f"{opened.anatomy.stack}.{layer}."
     for name, tensor in old.state_dict().items():
-        tensor = changed.get(prefix + name, tensor)
-        where, _, leaf = name.rpartition(".")
-        module = new.get_submodule(where)
-        if leaf in module._buffers:
-            module._buffers[leaf] = tensor
-        else:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        put(new, name, changed.get(prefix + name, tensor))
     release(old)
     opened.model.get_submodule(opened.anatomy.stack)[layer] = new
 
