@@ -30,10 +30,16 @@ def main() -> int:
         for source in sorted((copy / "moecompress/kernels/cpu").glob("*.cpp")):
             target = copy / "moecompress/kernels" / f"_{source.stem}{suffix}"
             subprocess.run(["g++", *FLAGS, str(source), "-o", str(target)], check=True)
-        library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-        environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "2"}
+        # The exceptions of torch need the C++ library to be there when the sanitizer starts.
+        found = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+                 for name in ("libasan.so", "libstdc++.so.6")]  # fmt: skip
+        options = f"detect_leaks=0:log_path={copy / 'found'}"  # pytest would swallow what goes to stderr
+        environment = os.environ | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "2"}
         command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *TESTS]
-        return subprocess.run(command, cwd=copy, env=environment).returncode
+        code = subprocess.run(command, cwd=copy, env=environment).returncode
+        for report in copy.glob("found*"):
+            print(report.read_text())
+        return code
 
 
 if __name__ == "__main__":
