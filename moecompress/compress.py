@@ -113,17 +113,19 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
                     outputs = walk.run_all() if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
-    merged: dict[str, Any] = {"errors": {}, "measured": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}, "kept": kept,
-                              "changed": []}  # fmt: skip
+    merged = _nothing_done()
     for record in work.records(total):
-        merged["measured"].update(record["measured"])
-        merged["errors"].update(record["errors"])
-        merged["schemes"].update(record["schemes"])
-        merged["contents"].update(record["contents"])
-        merged["archived"].update(record["archived"])
-        merged["fallbacks"] += record["fallbacks"]
-        merged["changed"] += record["changed"]
-    return merged
+        for key, found in record.items():
+            if isinstance(found, list):
+                merged[key] += found
+            else:
+                merged[key] |= found
+    return merged | {"kept": kept}
+
+
+def _nothing_done() -> dict[str, Any]:
+    """The record of a layer, or of all of them, before anything was done: by name of what it is about, and lists of names."""
+    return {"errors": {}, "measured": {}, "schemes": {}, "contents": {}, "archived": {}, "fallbacks": [], "changed": []}
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
                     sliced: dict[str, torch.Tensor] | None = None, shared: Shared | None = None) -> dict[str, Any]:  # fmt: skip
     """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with them, by parameter."""
     opened = walk.opened
-    record: dict[str, Any] = {"errors": {}, "measured": {}, "fallbacks": [], "schemes": {}, "contents": {}, "archived": {}}
+    record = _nothing_done()
     tensors: dict[str, torch.Tensor] = {}
     replaced: set[str] = set()
     prefix = opened.anatomy.layer_names[layer] + "."

@@ -56,8 +56,9 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
                         remedy="calibrate again with this recipe, or leave allocate.drop out")  # fmt: skip
     header = 2 * 130 if job.recipe.target.size is not None else 0
     tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values())  # of who serves for whom
+    ladder = ladder_of(statistics) if joint else {}
     if joint:
-        of_some = smallest_joint(units, candidates, harm, ladder_of(statistics)) + tables
+        of_some = smallest_joint(units, candidates, harm, ladder) + tables
         joint, least = budget is not None and budget >= of_some, min(of_all, of_some)
     if budget is not None and budget < least:
         raise too_small(job, budget, least)
@@ -69,7 +70,7 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
 
     def jointly(budget_bytes: int | None) -> Plan:
         assert budget_bytes is not None
-        return joint_plan(units, candidates, harm, ladder_of(statistics), budget_bytes - tables, settings, seed)
+        return joint_plan(units, candidates, harm, ladder, budget_bytes - tables, settings, seed)
 
     def made_by(make: Callable[[int | None], Plan]) -> Plan:
         made = make(budget)

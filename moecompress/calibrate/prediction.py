@@ -4,7 +4,7 @@ predictions; and a few of those that were written are run again, which shows how
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ def compare(measured: Mapping[str, float], plan: Plan, statistics: Statistics) -
     measured ÷ predicted. ``off``: schemes whose median is outside `RANGE`.
     """
     chosen = {choice.unit: choice.candidate for choice in plan.choices}
-    predicted = _predicted(statistics)
+    predicted = _predicted(statistics, measured)
     units: dict[str, dict[str, Any]]
     units = {unit: {"scheme": chosen[unit], "predicted": float(predicted[unit][statistics.schemes.index(chosen[unit])]),
                     "measured": error} for unit, error in measured.items() if unit in chosen}  # fmt: skip
@@ -132,11 +132,13 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
     return float(spearmanr(one, other).statistic)
 
 
-def _predicted(statistics: Statistics) -> dict[str, torch.Tensor]:
-    """Unit -> [C] squared error of the expert's output under every candidate, per unit of Σ g²."""
-    return {
-        unit_id(index, expert, projection): layer.unit_error[expert, p]
-        for index, layer in statistics.layers.items()
-        for expert in range(len(layer.counts))
-        for p, projection in enumerate(statistics.projections)
-    }
+def _predicted(statistics: Statistics, wanted: Container[str]) -> dict[str, torch.Tensor]:
+    """Unit, of those that are ``wanted`` -> [C] squared error of the expert's output under every candidate, per unit of Σ g²."""
+    found = {}
+    for index, layer in statistics.layers.items():
+        errors = layer.unit_error  # (E, P, C)
+        for expert in range(len(layer.counts)):
+            for p, projection in enumerate(statistics.projections):
+                if (unit := unit_id(index, expert, projection)) in wanted:
+                    found[unit] = errors[expert, p]
+    return found

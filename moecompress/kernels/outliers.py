@@ -81,14 +81,13 @@ def _added(x: Tensor, slots: Tensor, bank: OutlierBank) -> Tensor:
     """float32 (S, rows): what the outliers add to the product."""
     if x.device.type == "cpu" and _ready():
         return added(x, slots, bank)
-    y = x.new_zeros(x.shape[0], bank.dense.rows, dtype=torch.float32)
     index = outliers.index_of(bank)
-    for slot in slots.unique().tolist():
-        if slot >= 0:
-            at = torch.nonzero(slots == slot).squeeze(-1)
-            sparse = y.new_zeros(bank.dense.rows, bank.dense.cols).scatter_add_(1, index[slot].T, bank.values[slot].T.float())
-            y[at] = x[at].float() @ sparse.T
-    return y
+    empty = x.new_zeros(bank.dense.rows, bank.dense.cols, dtype=torch.float32)
+
+    def matrix(slot: int) -> Tensor:
+        return empty.scatter_add(1, index[slot].T, bank.values[slot].T.float())
+
+    return crowd.by_matrix(x.float(), slots, slots.unique().tolist(), bank.dense.rows, torch.float32, matrix)
 
 
 def added(x: Tensor, slots: Tensor, bank: OutlierBank) -> Tensor:

@@ -34,12 +34,11 @@ def _matmul(x: Tensor, slots: Tensor, codes: Tensor, row_scales: Tensor, book: T
     if not x.device == slots.device == codes.device:
         raise UserError(f"x is on {x.device}, slots on {slots.device}, the bank on {codes.device}")
     crowd.check_range("slots", slots, -1, len(codes))
-    y = x.new_zeros(x.shape[0], codes.shape[1])
-    for slot in slots.unique().tolist():
-        if slot >= 0:
-            at = torch.nonzero(slots == slot).squeeze(-1)
-            y[at] = (x[at].float() @ vector.dequantize(bank, index=slice(slot, slot + 1))[0].T).to(x.dtype)
-    return y
+
+    def matrix(slot: int) -> Tensor:
+        return vector.dequantize(bank, index=slice(slot, slot + 1))[0]
+
+    return crowd.by_matrix(x, slots, slots.unique().tolist(), codes.shape[1], torch.float32, matrix)
 
 
 def _refused(name: str, expected: str, tensor: Tensor) -> UserError:
