@@ -20,8 +20,9 @@ from torch.nn.functional import linear, silu
 from moecompress.errors import UserError
 from moecompress.kernels import native
 from moecompress.kernels.ops import native_status
-from moecompress.pack.scheme import Scheme
+from moecompress.pack.scheme import DICTIONARY, LOW_RANK, Scheme
 from moecompress.progress import notice, track
+from moecompress.quantize.encode import Settings, encode
 from moecompress.runtime.bank import PackedBank, make_bank, turn, turn_back
 
 
@@ -175,10 +176,18 @@ def routes(shape: Shape, batch: int, experts: int, rounds: int) -> Iterator[list
 
 
 def random_bank(scheme: Scheme, count: int, rows: int, cols: int) -> PackedBank:
-    """Codes of any bits that the format allows, the same in every matrix, with scales that keep numbers small."""
-    bank = make_bank(scheme.fitted(cols), count, rows, cols, torch.bfloat16)
-    for tensor in bank.buffers():
-        if tensor.dtype == torch.uint8:
+    """Codes of any bits that the format allows, the same in every matrix, with scales that keep numbers small. Where not all
+    bits are allowed: a matrix of normal numbers, rounded to nearest."""
+    scheme = scheme.fitted(cols)
+    bank = make_bank(scheme, count, rows, cols, torch.bfloat16)
+    coded = {}
+    if scheme.code in (DICTIONARY, LOW_RANK):
+        normal = torch.randn(1, rows, cols, generator=torch.Generator().manual_seed(0)) / 64
+        coded = encode(normal, None, scheme, Settings(method="rtn")).bank.tensors()
+    for name, tensor in bank.named_buffers():
+        if name in coded:
+            tensor.copy_(coded[name])
+        elif tensor.dtype == torch.uint8:
             tensor.copy_(torch.randint(0, 243, (1, *tensor.shape[1:]), dtype=torch.uint8))  # five trits are below 243
         else:
             tensor.fill_(1e-4)

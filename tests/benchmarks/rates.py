@@ -1,11 +1,13 @@
-"""Every code at every rate: size, divergence on unseen text, encoding time. One table, one command.
+"""Every code at every rate: size, divergence on unseen text, encoding time, decode speed. One table, one command.
 
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
 the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out.
 KL and perplexity as `moecompress evaluate` measures them, in float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk:
-calibration passes, rounding, packing, writing.
+calibration passes, rounding, packing, writing. Decoding is one token through its eight experts of one layer of Qwen3-30B-A3B, whose weights
+come from memory: microseconds as `moecompress bench` measures them, all codes in turn, beside torch's bfloat16. A plan's time is
+that of its codes, by the number of matrices that have them ("≈": not measured as a whole).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -46,19 +49,22 @@ def main() -> None:
     from moecompress.model.walk import OpenModel
 
     reference = trace(OpenModel(given.model, torch.float32), list(unseen.split(1)), "original on unseen text")
+    decoding = decode_times(given.only)
     rows = []
     if not given.json:
-        print("| code | bits | bytes | KL | perplexity | top-1 | encoding, s |\n|---|---:|---:|---:|---:|---:|---:|", flush=True)
+        print(f"one token in torch's bfloat16: {decoding['bfloat16']:.0f} µs\n", flush=True)
+        print("| code | bits | bytes | KL | perplexity | top-1 | encoding, s | one token, µs |\n|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for method in given.only:
-            rows.append(run(given.model, method, tokens, unseen, reference, Path(folder), given.changes))
+            rows.append(run(given.model, method, tokens, unseen, reference, Path(folder), given.changes, decoding))
             if not given.json:
                 print(markdown(rows[-1]), flush=True)
     if given.json:
         print(json.dumps(rows))
 
 
-def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work: Path, changes: list[str]) -> dict:
+def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work: Path, changes: list[str],
+        decoding: dict[str, float]) -> dict:  # fmt: skip
     from moecompress import pipeline, plans
     from moecompress.recipe import recipe_from
 
@@ -76,9 +82,22 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     seconds = time.perf_counter() - start
     out = work / "built" / "out"
     measured = pipeline.load_and_measure(out, list(unseen.split(1)), reference, torch.float32).summary()
-    result = {"method": method, "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds, **measured}
+    codes = Counter(choice.scheme for choice in chosen.choices if choice.scheme in decoding)  # those left out cost nothing
+    one_token = sum(count * decoding[code] for code, count in codes.items()) / len(chosen.choices)
+    result = {"method": method, "codes": codes, "microseconds_per_token": one_token,
+              "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds, **measured}
     shutil.rmtree(work / "built")
     return result
+
+
+def decode_times(methods: list[str]) -> dict[str, float]:
+    """Microseconds of one token, by code."""
+    from moecompress.evaluate.bench import SHAPES, measure
+    from moecompress.pack.scheme import Scheme
+
+    names = {method for method in methods if ":" not in method} | {name for name in TRELLIS if any(":" in method for method in methods)}
+    found = measure(SHAPES["qwen3-30b-a3b"], [Scheme.parse(name) for name in sorted(names)], [1], 8 << 30, 40)
+    return {row["weights"]: row["microseconds_per_token"] for row in found["results"]}
 
 
 def candidate(name: str) -> str:
@@ -92,7 +111,7 @@ def candidate(name: str) -> str:
 
 def markdown(row: dict) -> str:
     return (f"| {row['method']} | {row['bits']:.3f} | {row['bytes']:,} | {row['kl_mean']:.5f} | {row['perplexity']:.2f} | {row['top1_agreement']:.2%} "
-            f"| {row['seconds']:.1f} |")  # fmt: skip
+            f"| {row['seconds']:.1f} | {'≈ ' * (':' in row['method'])}{row['microseconds_per_token']:.0f} |")  # fmt: skip
 
 
 if __name__ == "__main__":
