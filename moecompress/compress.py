@@ -263,7 +263,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
         _fill(filled[named], {"book": book})
     routed = route(capture, layout.experts)
     watched = {e for e in sampled(routed, WATCHED) if schemes[layout.projections[0]][e] != DROPPED}
-    of_rounding = calibration.hessian, calibration.shrink
+    weighting = calibration.hessian, calibration.shrink
 
     def rounded(expert: int, p: str) -> torch.Tensor:
         scheme = schemes[p][expert]
@@ -271,7 +271,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
         one = {name: tensor if name in bank.shared else tensor[slot : slot + 1] for name, tensor in bank.named_buffers()}
         return decoded(scheme, one, layout.shape(p), settings.seed)
 
-    for moments in expert_moments(experts, layout, capture, *of_rounding, chunk, original=before):
+    for moments in expert_moments(experts, layout, capture, *weighting, chunk, original=before):
         experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
         inputs: dict[str, Inputs] = {}
         targets = dict(moments.weights)
@@ -280,7 +280,7 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
             if before is not None and projection == DOWN:
                 new = {p: torch.stack([targets[p][i] if schemes[p][e] == DROPPED else rounded(e, p) for i, e in enumerate(moments.experts)])
                        for p in layout.projections if p != DOWN}  # fmt: skip
-                moments = entering_down(experts, layout, capture, moments, new, before, *of_rounding)
+                moments = entering_down(experts, layout, capture, moments, new, before, *weighting)
             if source not in inputs:
                 inputs[source] = study(moments.hessians[source], experts_here, settings, used)
                 if before is not None:

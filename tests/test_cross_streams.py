@@ -48,11 +48,13 @@ def built(job, prepared, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_the_second_stream_is_the_original(job, tmp_path):
-    """What the experts of every layer are given, against the model of transformers itself."""
+def test_the_second_stream_is_the_original(tiny_model, text_file, tmp_path):
+    """What the experts of every layer are given, against the model of transformers itself; in float32, where no token sits
+    between two experts."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.bfloat16)
+    job = job_of(tiny_model, text_file, "compute.dtype=float32")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.experts.register_forward_pre_hook(lambda _m, given: seen.append(given[0].detach()))
@@ -65,8 +67,8 @@ def test_the_second_stream_is_the_original(job, tmp_path):
         for layer in range(3):
             beside.look(layer)
             assert beside.hidden is not None
-            assert torch.nn.functional.cosine_similarity(beside.hidden.float(), expected[layer].float()).min() > 0.999
-            assert all(parameter.is_meta for parameter in beside.opened.layers[layer].parameters())  # weights are gone again
+            assert torch.allclose(beside.hidden, expected[layer], atol=1e-3)
+            assert all(weight.is_meta for weight in beside.opened.layers[layer].parameters())  # gone again
             beside.keep()
     with Original(job.open(), calibration, tmp_path) as again:  # a layer behind what the other walk needs
         again.restore(2)
