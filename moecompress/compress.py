@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from typing import Any
 import torch
 
 from moecompress.calibrate.capture import Capture, Enough, recording, route
-from moecompress.calibrate.moments import chunk_size, expert_moments
+from moecompress.calibrate.moments import chunk_size, entering_down, expert_moments
 from moecompress.calibrate.observe import Calibration, seam_on
+from moecompress.calibrate.original import Original
 from moecompress.calibrate.prediction import WATCHED, decoded, output_errors, sampled
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
-from moecompress.model.experts import layout_of
+from moecompress.model.experts import DOWN, layout_of
 from moecompress.model.memory import forget
 from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import DROPPED, VECTOR, Scheme
 from moecompress.progress import track
-from moecompress.quantize import vector
-from moecompress.quantize.encode import Settings, encode, study
+from moecompress.quantize import cross, vector
+from moecompress.quantize.encode import Inputs, Settings, encode, study
 from moecompress.runtime.bank import PackedBank, make_bank
 from moecompress.runtime.graft import keep_only, sprout
 from moecompress.runtime.packed import PackedLinear, pack_experts_in_place
@@ -79,12 +80,14 @@ def role_bits(attention: int, shared: int, dense: int) -> dict[str, int]:
 @torch.no_grad()
 def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[str, list[Scheme]]],
              linears: dict[str, Scheme], settings: Settings, work: Work, label: str = "quantize",
-             keys: list[str] | None = None, shared: dict[int, Shared] | None = None) -> dict[str, Any]:  # fmt: skip
+             keys: list[str] | None = None, shared: dict[int, Shared] | None = None, original: OpenModel | None = None
+             ) -> dict[str, Any]:  # fmt: skip
     """Write every shard of the compressed model. Returns what was done, for the manifest.
 
     plan: layer -> projection -> scheme of each expert. keys: where it leaves experts out, the entries of the model's config
     that say how many there are. shared: layers whose router stays as it is, and in which others serve for experts that are
-    left out. Finished layers are kept in ``work`` and not done again.
+    left out. original: the same checkpoint opened once more; with it experts are rounded towards what they gave in the original
+    model (quantize/cross.py). Finished layers are kept in ``work`` and not done again.
     """
     shared = shared or {}
     kept = {layer: kept_experts(schemes) for layer, schemes in plan.items()
@@ -95,9 +98,14 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
     total = len(opened.layers)
     write_rest(opened, work)
     if not work.complete(total):
-        with bfloat16_products(opened.stored_dtype), Walk(opened, calibration.batches) as walk:
+        with ExitStack() as stack:
+            stack.enter_context(bfloat16_products(opened.stored_dtype))
+            beside = None if original is None else stack.enter_context(Original(original, calibration, work.state / "original"))
+            walk = stack.enter_context(Walk(opened, calibration.batches))
             start = walk.restore(work.state)
-            for layer in track(walk.layers(start), label, total - start):
+            if beside is not None:
+                beside.restore(start)
+            for layer in track(walk.layers(start, None if beside is None else beside.look), label, total - start):
                 again = layer < total - 1  # the layer's outputs are needed once it is compressed
                 sliced = {}
                 if layer in kept:
@@ -107,12 +115,15 @@ def compress(opened: OpenModel, calibration: Calibration, plan: dict[int, dict[s
                     sliced = share_biases(opened, opened.anatomy.moe[layer], shared[layer])
                 with _remembering(walk, layer) if again and layer in plan else nullcontext():
                     record = _compress_layer(walk, layer, calibration, plan.get(layer), linears, settings,
-                                             work.layer_shard(layer, total), kept.get(layer), sliced, shared.get(layer))  # fmt: skip
+                                             work.layer_shard(layer, total), kept.get(layer), sliced, shared.get(layer),
+                                             None if beside is None else beside.hidden)  # fmt: skip
                     record["changed"] = sorted(sliced)
                     work.keep_record(layer, record)
                     outputs = walk.run_all() if again else []
                 if again:
                     walk.hand_on(outputs, work.state)
+                    if beside is not None:
+                        beside.keep()
     merged = _nothing_done()
     for record in work.records(total):
         for key, found in record.items():
@@ -166,8 +177,10 @@ def _remembering(walk: Walk, layer: int):
 
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
                     linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None = None,
-                    sliced: dict[str, torch.Tensor] | None = None, shared: Shared | None = None) -> dict[str, Any]:  # fmt: skip
-    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with them, by parameter."""
+                    sliced: dict[str, torch.Tensor] | None = None, shared: Shared | None = None,
+                    before: torch.Tensor | None = None) -> dict[str, Any]:  # fmt: skip
+    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with them, by parameter; ``before``:
+    [T, d], what the experts are given in the original model."""
     opened = walk.opened
     record = _nothing_done()
     tensors: dict[str, torch.Tensor] = {}
@@ -184,7 +197,7 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
         left = {p: [every[e] for e in numbers] for p, every in schemes.items()}
         if shared is not None:
             capture = shared.apply(capture)
-        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, shared))
+        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, shared, before))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
         if walk.memory is not None:
             _run_experts(walk, moe, capture)
@@ -230,9 +243,9 @@ def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str,
 
 def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]],
                   calibration: Calibration, settings: Settings, record: dict[str, Any], numbers: list[int],
-                  shared: Shared | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+                  shared: Shared | None = None, before: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name. ``numbers``:
-    of the experts in the input, for the record."""
+    of the experts in the input, for the record. ``before``: as in `_compress_layer`."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for projection in layout.projections:
@@ -244,20 +257,36 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     }
     filled = _empty_banks(layout, contents, opened.stored_dtype, settings.seed)
     used = [Scheme.parse(name) for name in {name for _, name in members}]
-    chunk = chunk_size(layout, calibration.workspace_bytes)
+    chunk = chunk_size(layout, calibration.workspace_bytes, before is not None)
     books = _books(opened, moe, capture, schemes, calibration, chunk)
     for named, book in books.items():
         _fill(filled[named], {"book": book})
     routed = route(capture, layout.experts)
     watched = {e for e in sampled(routed, WATCHED) if schemes[layout.projections[0]][e] != DROPPED}
-    for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
+    weighting = calibration.hessian, calibration.shrink
+
+    def rounded(expert: int, p: str) -> torch.Tensor:
+        scheme = schemes[p][expert]
+        bank, slot = filled[p, scheme.name], members[p, scheme.name].index(expert)
+        one = {name: tensor if name in bank.shared else tensor[slot : slot + 1] for name, tensor in bank.named_buffers()}
+        return decoded(scheme, one, layout.shape(p), settings.seed)
+
+    for moments in expert_moments(experts, layout, capture, *weighting, chunk, original=before):
         experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
-        inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
-        record["fallbacks"] += sorted(
-            {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()
-             if DROPPED not in (schemes[p][moments.experts[i]] for p in layout.projections)}
-        )
+        inputs: dict[str, Inputs] = {}
+        targets = dict(moments.weights)
         for projection in layout.projections:
+            source = moments.source(projection)
+            if before is not None and projection == DOWN:
+                new = {p: torch.stack([targets[p][i] if schemes[p][e] == DROPPED else rounded(e, p) for i, e in enumerate(moments.experts)])
+                       for p in layout.projections if p != DOWN}  # fmt: skip
+                moments = entering_down(experts, layout, capture, moments, new, before, *weighting)
+            if source not in inputs:
+                inputs[source] = study(moments.hessians[source], experts_here, settings, used)
+                if before is not None:
+                    mend = cross.mending(moments.hessians[source], moments.drift[source], settings.damping)
+            if before is not None:
+                targets[projection] = cross.target(moments.weights[projection], mend)
             chosen: dict[Scheme, list[int]] = defaultdict(list)
             for position, expert in enumerate(moments.experts):
                 if schemes[projection][expert] != DROPPED:
@@ -267,27 +296,26 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 names = [f"{moe.module}.{numbers[e]}.{projection}" for e in ids]
                 slots = [members[projection, scheme.name].index(e) for e in ids]
                 bank = filled[projection, scheme.name]
-                weights = moments.weights[projection][positions]
                 if scheme.bits == 16:
-                    bank.weight[slots] = weights.to(bank.weight.dtype)
+                    targets[projection][positions] = moments.weights[projection][positions]
+                    bank.weight[slots] = moments.weights[projection][positions].to(bank.weight.dtype)
                     continue
                 book = books.get((projection, scheme.name))
-                encoded = encode(weights, inputs[moments.source(projection)].take(positions), scheme, settings, book)
+                encoded = encode(targets[projection][positions], inputs[source].take(positions), scheme, settings, book)
                 for key, value in encoded.bank.tensors().items():
                     if key not in bank.shared:
                         _assignable(getattr(bank, key))[slots] = _assignable(value)
                 if encoded.archived_bits is not None:
                     record["archived"][f"{moe.module}.{projection}"] = {"scheme": scheme.name, "bits": encoded.archived_bits}
                 record["errors"].update({n: float(error) for n, error in zip(names, encoded.error, strict=True)})
+        record["fallbacks"] += sorted(
+            {experts_here[i] for one in inputs.values() for i in one.fallen.nonzero().flatten().tolist()
+             if DROPPED not in (schemes[p][moments.experts[i]] for p in layout.projections)}
+        )
         for expert in watched.intersection(moments.experts):
-            rounded = {}
-            for p, scheme in ((p, schemes[p][expert]) for p in layout.projections):
-                slot = members[p, scheme.name].index(expert)
-                bank = filled[p, scheme.name]
-                one = {name: tensor if name in bank.shared else tensor[slot : slot + 1] for name, tensor in bank.named_buffers()}
-                rounded[p] = decoded(scheme, one, layout.shape(p), settings.seed)
-            weights = {p: moments.weights[p][expert - moments.experts[0]] for p in layout.projections}
-            lost = output_errors(experts, layout, expert, capture.hidden, routed, weights, rounded)
+            weights = {p: targets[p][expert - moments.experts[0]] for p in layout.projections}
+            new = {p: rounded(expert, p) for p in layout.projections}
+            lost = output_errors(experts, layout, expert, capture.hidden, routed, weights, new)
             record["measured"].update({f"{moe.module}.{numbers[expert]}.{p}": error for p, error in lost.items()})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])

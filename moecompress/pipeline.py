@@ -57,10 +57,15 @@ from moecompress.transform.shed import thinning
 from moecompress.transform.shrink import with_number
 
 
+#: What a plan's bar of progress is called.
+PROGRESS = {"uniform": "quantize, uniform plan", "bits": "quantize, all experts", "cross": "quantize, towards the original's outputs"}
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``chosen``: "plan", "bits" (all experts kept) or "uniform". ``measured``: label -> summary on held-out
-    calibration text. Plan and statistics are of the model that transform steps left."""
+    """What a run did. ``chosen``: "plan", "cross" (the plan, rounded towards the original's outputs), "bits" (all experts kept) or
+    "uniform". ``measured``: label -> summary on held-out calibration text. Plan and statistics are of the model that transform
+    steps left."""
 
     folder: Path | None
     plan: Plan
@@ -103,8 +108,10 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     chosen_plan, others = plan_and_others(job, statistics)
     if dry_run:
         return Result(None, chosen_plan, statistics, manifest={"steps": without_fates(steps)} if steps else {})
-    tried = {"plan": chosen_plan}
+    cross = job.recipe.quantize.target == "cross"
+    tried = {"cross" if cross else "plan": chosen_plan}
     if job.recipe.allocate.compare == "uniform":
+        tried["plan"] = chosen_plan
         tried |= {label: other for label, other in others.items() if other.assignments() != chosen_plan.assignments()}
     check_space(out, job, list(tried.values()))
     reference = job.given.reference
@@ -112,17 +119,20 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     manifests = {}
     for label, each in tried.items():
         folder = work / label
-        manifests[label] = build(job, statistics, each, folder, label)
+        manifests[label] = build(job, statistics, each, folder, label, cross=label == "cross")
         measured[label] = load_and_measure(folder / "out", job.heldout, reference, job.opened.dtype)
     winner = min(measured, key=lambda label: float(measured[label].kl.mean()))
     summaries = {label: divergence.summary() for label, divergence in measured.items()}
-    for label in [label for label in measured if label != "plan"]:
+    for label in [label for label in measured if label != "plan" and "plan" in measured]:
         difference = (measured["plan"].kl - measured[label].kl).mean(1)
         summaries[f"plan_minus_{label}"] = {
             "kl_mean": float(difference.mean()),
             "kl_interval_95": list(bootstrap(difference)),
         }
-    if winner != "plan":
+    if cross and "plan" in measured:
+        notice(f"KL on held-out text: {summaries['cross']['kl_mean']:.5f} nats with experts rounded towards the original's outputs, "
+               f"{summaries['plan']['kl_mean']:.5f} towards their own weights")  # fmt: skip
+    if winner not in ("plan", "cross"):
         better = {"uniform": "the uniform plan", "bits": "the plan that keeps all experts"}[winner]
         notice(f"{better} measured better than the allocated one; it is the one that was written")
     refuse_far(job, tried[winner], summaries[winner])
@@ -138,15 +148,18 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
     return Result(out, tried[winner], statistics, winner, summaries, manifest)
 
 
-def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: str) -> dict[str, Any]:
-    """All files of a compressed checkpoint in ``folder``/out; returns its manifest without hashes."""
+def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: str, cross: bool | None = None) -> dict[str, Any]:
+    """All files of a compressed checkpoint in ``folder``/out; returns its manifest without hashes. ``cross``: round towards the
+    original's outputs; None: as the recipe says."""
     opened, out = job.open(), folder / "out"
     q = job.recipe.quantize
+    cross = q.target == "cross" if cross is None else cross
     linears = linear_schemes(opened, role_bits(q.attention_bits, q.shared_bits, q.dense_bits))
     schemes = by_layer(opened.anatomy, chosen)
     done = compress(opened, job.calibration, schemes, linears, job.settings, Work(out, folder / "state"),
-                    {"plan": "quantize", "uniform": "quantize, uniform plan"}.get(label, "quantize, all experts"),
-                    job.slicing.keys if routed_again(opened.anatomy, chosen) else None, shared_by(opened.anatomy, chosen))  # fmt: skip
+                    PROGRESS.get(label, "quantize"),
+                    job.slicing.keys if routed_again(opened.anatomy, chosen) else None, shared_by(opened.anatomy, chosen),
+                    job.open() if cross else None)  # fmt: skip
     shards = sorted(out.glob("model-*.safetensors"))
     write_index(out, shards)
     dtype = str(opened.stored_dtype).removeprefix("torch.")
@@ -273,6 +286,7 @@ def check_space(out: Path, job: Job, tried: list[Plan]) -> None:
     """Refuse before the long part when the disk cannot hold the results and the state for resuming, or memory a repair."""
     if job.recipe.repair.router:
         refuse_little_memory(job, max(each.bytes for each in tried) + fixed_bytes(job, []))
-    hidden = job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
+    streams = 2 if job.recipe.quantize.target == "cross" else 1
+    hidden = streams * job.tokens.ids.numel() * 2 * job.opened.config.get_text_config().hidden_size * job.opened.dtype.itemsize
     refuse_full_disk(out, sum(each.bytes + fixed_bytes(job, []) for each in tried) + hidden,
                      "free space, choose another -o, or set allocate.compare=none")  # fmt: skip

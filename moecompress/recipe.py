@@ -307,6 +307,9 @@ class QuantizeRecipe(_Section):
     shrink: Number = 1.0
     #: quantize to nearest where calibration saw too few tokens, instead of stopping
     allow_fallback: bool = False
+    #: what experts are rounded to. own: their weights; cross: weights that give on the compressed model's activations what the
+    #: original's give on its own. The plan is built both ways, and cross must be better on held-out text, unless compare is none
+    target: Literal["own", "cross"] = "own"
     #: the grid of ternary candidates: each row's own three values, BitNet's mean of magnitudes, or QMoE's {min, 0, max}
     ternary: Literal["lloyd", "absmean", "qmoe"] = "lloyd"
     attention_bits: Width = 8

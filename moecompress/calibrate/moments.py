@@ -6,7 +6,7 @@ Pure functions of (experts module, capture), computed for a chunk of experts at 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -33,7 +33,8 @@ class ExpertMoments:
     weights: projection -> float32 [n, out, in]. hessians: float32 [n, in, in] of the experts' input ("input", of gate and
     up) and of what enters down ("inner"): means over tokens weighted by the power of the gate, shrunk. row_weight:
     projection -> [n, out], how much a squared error of that output row (of gate or up: before the activation) becomes
-    squared error of the expert's output. mass: [n] Σ g² over tokens.
+    squared error of the expert's output. mass: [n] Σ g² over tokens. drift: as the Hessians, mean x̂ (x − x̂)ᵀ where x̂ is not
+    the original's x, shrunk like them.
     """
 
     experts: list[int]
@@ -41,6 +42,7 @@ class ExpertMoments:
     hessians: dict[str, torch.Tensor]
     row_weight: dict[str, torch.Tensor]
     mass: torch.Tensor
+    drift: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def source(projection: str) -> str:
@@ -48,16 +50,18 @@ class ExpertMoments:
         return "inner" if projection == DOWN else "input"
 
 
-def chunk_size(layout: ExpertsLayout, workspace_bytes: int) -> int:
-    """How many experts fit: their float32 weights, Hessians and about four working copies of each."""
+def chunk_size(layout: ExpertsLayout, workspace_bytes: int, crossing: bool = False) -> int:
+    """How many experts fit: their float32 weights, Hessians and about four working copies of each; ``crossing``: drifts, what is
+    rounded instead of the weights, and what came of it too."""
     square = layout.hidden**2 + layout.width**2
-    one = 4 * (3 * square + 5 * len(layout.projections) * layout.hidden * layout.width)
+    one = 4 * ((3 + 2 * crossing) * square + (5 + 2 * crossing) * len(layout.projections) * layout.hidden * layout.width)
     return max(1, min(layout.experts, workspace_bytes // one))
 
 
 def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, hessian: str, prior: float, chunk: int,
-                   sensitivity: bool = False) -> Iterator[ExpertMoments]:  # fmt: skip
-    """Moments of all experts, ``chunk`` at a time. ``prior``: tokens at which own and pooled Hessian weigh the same."""
+                   sensitivity: bool = False, original: torch.Tensor | None = None) -> Iterator[ExpertMoments]:  # fmt: skip
+    """Moments of all experts, ``chunk`` at a time. ``prior``: tokens at which own and pooled Hessian weigh the same. ``original``:
+    [T, d], hidden of the original model for the tokens of the capture; with it comes the drift of the input."""
     routed = route(capture, layout.experts)
     usable = capture.keep.nonzero().squeeze(1)
     pool = capture.hidden[spread(usable, POOL_TOKENS)].float()
@@ -73,15 +77,55 @@ def expert_moments(module: nn.Module, layout: ExpertsLayout, capture: Capture, h
         ]  # fmt: skip
         inputs = torch.stack([part[0] for part in parts])
         inner = torch.stack([part[1] for part in parts])
+        drift = {} if original is None else {"input": _drifts(capture, original, routed, experts, hessian, prior * layout.hidden)}
         yield ExpertMoments(
             experts,
             weights,
             {"input": inputs, "inner": inner},
             {name: torch.stack([part[2][name] for part in parts]) for name in parts[0][2]},
             torch.tensor([part[3] for part in parts]),
+            drift,
         )
         if chunk < layout.experts:  # memory is short: holes that this chunk left must not add up
             trim()
+
+
+def _drifts(capture: Capture, original: torch.Tensor, routed: Routed, experts: list[int], hessian: str, prior: float) -> torch.Tensor:
+    found = []
+    for expert in experts:
+        pairs = routed.of(expert)
+        token, omega = routed.token[pairs], token_weights(routed.gate[pairs], hessian)
+        found.append(_drift(capture.hidden[token].float(), original[token].float(), omega, prior))
+    return torch.stack(found)
+
+
+def _drift(now: torch.Tensor, before: torch.Tensor, omega: torch.Tensor, prior: float) -> torch.Tensor:
+    """Mean x̂ (x − x̂)ᵀ, float32 [i, i], for x̂ ``now`` and x ``before``, both [n, i]: shrunk towards no drift."""
+    own = (now * omega[:, None]).T @ (before - now)
+    return shrink(own, float(omega.sum()), len(now), torch.zeros(()), prior) + torch.zeros_like(own)
+
+
+def entering_down(module: nn.Module, layout: ExpertsLayout, capture: Capture, moments: ExpertMoments, rounded: dict[str, torch.Tensor],
+                  original: torch.Tensor, hessian: str, prior: float) -> ExpertMoments:  # fmt: skip
+    """The same moments with Hessian and drift of what enters down once the matrices before it are ``rounded``.
+
+    x̂: the rounded gate and up on the compressed stream's token; x: the original ones on the original stream's.
+    """
+    routed = route(capture, layout.experts)
+    pool = capture.hidden[spread(capture.keep.nonzero().squeeze(1), POOL_TOKENS)].float()
+    inner, drift = [], []
+    for i, expert in enumerate(moments.experts):
+        pairs = routed.of(expert)
+        token, omega = routed.token[pairs], token_weights(routed.gate[pairs], hessian)
+        new, old = ({name: stack[i] for name, stack in stacks.items() if name != DOWN} for stacks in (rounded, moments.weights))
+        now, a_pool, before = (
+            activate(module, layout, *_pre(weights, x.float()), expert).float()
+            for weights, x in ((new, capture.hidden[token]), (new, pool), (old, original[token]))
+        )
+        mass, of_pool = float(omega.sum()), moment(a_pool) / max(1, len(pool))
+        inner.append(shrink(moment(now, omega), mass, len(token), of_pool, prior * layout.width))
+        drift.append(_drift(now, before, omega, prior * layout.width))
+    return replace(moments, hessians=moments.hessians | {"inner": torch.stack(inner)}, drift=moments.drift | {"inner": torch.stack(drift)})
 
 
 def _one(module, layout: ExpertsLayout, capture: Capture, routed: Routed, expert: int, weights: dict[str, torch.Tensor],

@@ -191,12 +191,15 @@ class Walk:
         release(self.model)
         trim()
 
-    def layers(self, start: int = 0) -> Iterator[int]:
+    def layers(self, start: int = 0, ahead: Callable[[int], None] | None = None) -> Iterator[int]:
         """Load layer after layer; the caller must `step` every micro-batch before the next one.
 
         At the last layer, all `run`s must come before the first `step`, which trades the layer for the head.
+        ``ahead``: called with a layer's number while no layer is loaded.
         """
         for layer in range(start, len(self.opened.layers)):
+            if ahead is not None:
+                ahead(layer)
             self.layer = layer
             self.opened.load_layer(layer)
             yield layer

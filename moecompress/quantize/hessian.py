@@ -78,7 +78,7 @@ def damped_cholesky(hessian: torch.Tensor, damping: float) -> torch.Tensor | Non
     """Lower factor of H + λI for H [i, i], λ = damping · mean diag H, raised tenfold up to four times; None if that fails."""
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny * len(hessian))
     for attempt in range(DAMPING_TRIES):
-        lower, failed = torch.linalg.cholesky_ex(hessian + torch.eye(len(hessian)) * (mean * damping * 10**attempt))
+        lower, failed = torch.linalg.cholesky_ex(hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (mean * damping * 10**attempt))
         if not failed and torch.isfinite(lower).all() and lower.diagonal().min() > 0:
             return lower
     return None

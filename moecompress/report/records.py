@@ -122,11 +122,11 @@ def experts_by_layer(names: Sequence[str]) -> dict[str, list[str]]:
     return dict(result)
 
 
-def uniform_total(records: Records) -> int:
-    """Bytes of all shards had the uniform plan been written."""
+def totals(records: Records) -> dict[str, int]:
+    """Bytes of all shards, had each of the plans that were measured been written."""
     total = records.manifest["total_bytes"]
-    control = records.plan.controls.get("uniform")
-    return total if control is None else total - records.plan.bytes + control.bytes
+    others = {label: total - records.plan.bytes + control.bytes for label, control in records.plan.controls.items()}
+    return dict.fromkeys(("plan", "cross", "bits", "uniform"), total) | others
 
 
 def points(records: Records) -> list[dict[str, Any]]:
@@ -134,8 +134,7 @@ def points(records: Records) -> list[dict[str, Any]]:
     manifest = records.manifest
     result: list[dict[str, Any]] = [{"label": "original", "kind": "original", "bytes": manifest["input_bytes"],
                                      "kl": 0.0, "interval": [0.0, 0.0]}]  # fmt: skip
-    sizes = {"plan": manifest["total_bytes"], "uniform": uniform_total(records)}
-    for label, size in sizes.items():
+    for label, size in totals(records).items():
         if label in manifest["heldout"]:
             row = manifest["heldout"][label]
             repair = manifest.get("repair") if label == manifest["chosen"] else None

@@ -1,0 +1,33 @@
+"""What to round when a layer's inputs are not what they were: weights that give on the new inputs what the old gave on the old.
+
+(Qronos, arXiv:2505.11695; GPTAQ, arXiv:2504.02692. Here the target is the exact continuous minimiser, for each expert's own tokens.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moecompress.quantize.hessian import damped_cholesky
+
+#: How far weights go from what they are (0) to the least-squares target (1).
+ALPHA = 0.5
+
+
+def mending(hessian: torch.Tensor, drift: torch.Tensor, damping: float) -> torch.Tensor:
+    """M [n, i, i], so that W (I + M) is the target of weights W [o, i].
+
+    hessian: Σ ω x̂ x̂ᵀ [n, i, i] of the inputs that a matrix will have; drift: Σ ω x̂ (x − x̂)ᵀ [n, i, i], with x the original's
+    inputs for the same tokens. V = W (I + M) minimises Σ ω ‖W x − V x̂‖² + λ ‖V − W‖², λ = damping · mean diag H: with
+    G = H + drift = Σ ω x̂ xᵀ it is W Gᵀ H⁻¹ where λ is 0. Zero where the Hessian has no factor.
+    """
+    found = torch.zeros_like(drift)
+    for index, one in enumerate(drift):
+        lower = damped_cholesky(hessian[index], damping)
+        if lower is not None:
+            found[index] = torch.cholesky_solve(one, lower).T
+    return found
+
+
+def target(weights: torch.Tensor, mend: torch.Tensor, alpha: float = ALPHA) -> torch.Tensor:
+    """W + α (W* − W) for weights [n, o, i], W* = W (I + M) with M [n, i, i] of `mending`."""
+    return torch.baddbmm(weights, weights, mend, alpha=alpha)
