@@ -92,7 +92,7 @@ def test_names_are_those_of_the_code() -> None:
     from moecompress.transform.steps import RUN
 
     assert set(STEPS) == {*RUN, DistillStep}  # the latter is in distill/step.py
-    assert TRAINABLE == tuple(ROLES)
+    assert tuple(ROLES) == TRAINABLE
     assert {name for name, kind in step_methods().items() if kind in (DropStep, MergeStep)} == set(METHODS)
     assert set(get_args(RouteRecipe.model_fields["policy"].annotation)) == {"none", *POLICIES}
 

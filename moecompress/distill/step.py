@@ -72,10 +72,10 @@ def bytes_needed(job: Job, settings: Settings, names: set[str], left: float = 1.
         student += weights * (info.role != IGNORED)
         trainable += weights * (info.target in names)
     teacher = sum(torch.Size(info.shape).numel() for info in given.tensors if info.role != IGNORED)
-    return int(size * (student + teacher) + TRAINED_BYTES * trainable) + settings.batch * job.tokens.ids.shape[1] * _of_a_token(job, left)
+    return int(size * (student + teacher) + TRAINED_BYTES * trainable) + settings.batch * job.tokens.ids.shape[1] * _of_a_token(job)
 
 
-def _of_a_token(job: Job, left: float) -> int:
+def _of_a_token(job: Job) -> int:
     """Bytes that a backward pass needs for a token: logits with what the loss makes of them, and the inside of every layer."""
     anatomy, size = job.opened.anatomy, job.opened.dtype.itemsize
     layout = next(iter(anatomy.moe.values())).layout

@@ -115,14 +115,9 @@ def test_what_the_manifest_says(made: Path, slim: Path) -> None:
     one, other = roundtrip.stored(slim), roundtrip.stored(made)
     moved = {name for name in one if not torch.equal(one[name], other[name])}
     fates = {name: fate["fate"] for name, fate in manifest["tensors"].items()}
-    assert {fates[name] for name in moved} == {"trained", f"{fates_of_slim(slim)}, trained"}
+    assert {fates[name] for name in moved} == {"trained", "thinned, trained"}
     assert {name for name, fate in fates.items() if fate == "kept"} == {name for name in one if name not in moved}
     assert record["weights"] == sum(one[name].numel() for name in one if "embed_tokens" not in name and "lm_head" not in name)
-
-
-def fates_of_slim(folder: Path) -> str:
-    (word,) = {fate["fate"] for fate in read_manifest(folder)["tensors"].values()} - {"kept"}
-    return word
 
 
 def test_the_step_is_the_command(made: Path, slim: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -166,7 +161,7 @@ def test_what_does_not_help_is_undone(slim: Path, tiny_model: Path, text_file: P
     record = second["training"]
     assert not record["kept"] and record["steps"] == 2 and len(record["history"]) == 2
     assert record["before"] == record["after"] == first["heldout"] == second["heldout"]
-    assert {fate["fate"] for fate in read_manifest(tmp_path / "out")["tensors"].values()} == {"kept", fates_of_slim(slim)}
+    assert {fate["fate"] for fate in read_manifest(tmp_path / "out")["tensors"].values()} == {"kept", "thinned"}
 
 
 def test_a_step_that_ends_too_far_away_stops_the_run(tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch) -> None:
@@ -226,13 +221,11 @@ def test_any_order_then_quantized(tiny_model: Path, text_file: Path, tmp_path: P
     manifest = read_manifest(out)
     costs = [step["heldout"]["kl_mean"] for step in manifest["steps"]]
     assert costs[1] < costs[0] and costs[3] < costs[2]
-    assert [step["expert_weights_left"] for step in manifest["steps"]] == [55296, 55296, 41472, 41472]
-    words = {"mlp.experts.": "regrouped, trained, narrowed, quantized", "self_attn.q_proj": "trained, quantized", "layernorm": "trained"}
-    slimmed = next(fate for step in manifest["steps"][2:3] for fate in [step["step"]["method"]])
-    assert slimmed == "slim"
-    for part, fate in words.items():
-        found = {one["fate"] for name, one in manifest["tensors"].items() if part in name}
-        assert len(found) == 1 and found.pop().replace(fates_word(manifest), "narrowed") == fate
+    assert [step["expert_weights_left"] for step in manifest["steps"]] == [221184, 221184, 165888, 165888]
+    fates = {name: one["fate"] for name, one in manifest["tensors"].items()}
+    assert {fate for name, fate in fates.items() if ".self_attn.q_proj." in name} == {"trained, quantized"}
+    # Of eight experts two were dropped: no later step knows their numbers.
+    assert {fate for name, fate in fates.items() if ".mlp.experts." in name} == {"regrouped, trained, thinned, quantized", "regrouped, quantized"}
     # A stage after another, by hand.
     previous = tiny_model
     job = job_of(tiny_model, text_file)
@@ -247,12 +240,6 @@ def test_any_order_then_quantized(tiny_model: Path, text_file: Path, tmp_path: P
     assert "Distilling, step 2: 16 training steps" in page and "Distilling, step 4: 8 training steps" in page
     ran = moecompress("run", out, "--prompt", "The", "-n", 4, "--json")
     assert ran.code == 0 and ran.json()["tokens"] == 4
-
-
-def fates_word(manifest: dict) -> str:
-    """What slim calls what it did, between training and quantizing."""
-    fate = next(one["fate"] for name, one in manifest["tensors"].items() if "mlp.experts." in name)
-    return fate.split(", ")[2]
 
 
 def test_the_original_has_nothing_to_learn(tiny_model: Path, text_file: Path, tmp_path: Path, moecompress: Callable, monkeypatch) -> None:
@@ -287,8 +274,8 @@ def test_experts_trained_as_what_they_will_be_stored_as(tiny_model: Path, text_f
     ("{method: distill, steps: 3, qat_share: 0.1}", "qat_share needs qat"),
     ("{method: distill, steps: 0}", "greater than or equal to 1"),
     ("{method: distill, minutes: 0}", "greater than 0"),
-    ("{method: distill, steps: 3, top_k: 8}", "unknown key 'transform.1.top_k'; did you mean"),
-    ("{method: distill, steps: 3, qat: 5}", "experts cannot be trained as 5"),
+    ("{method: distill, steps: 3, top_k: 8}", "unknown key 'transform.1.top_k'"),
+    ("{method: distill, steps: 3, qat: 5}", "no storage scheme is called '5'"),
     ("{method: distill, steps: 3, qat: 2, qat_share: 0.1}", "Only ternary experts can change a share"),
 ])  # fmt: skip
 def test_bad_options(step: str, complaint: str, tiny_model: Path, text_file: Path, tmp_path: Path, moecompress: Callable) -> None:
