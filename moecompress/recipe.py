@@ -396,9 +396,73 @@ class SlimStep(_Step):
     repair: bool = True
 
 
-#: The kinds of steps, told apart by their ``method``; what each of them does is in transform/steps.py.
-STEPS: tuple[type[_Step], ...] = (DropStep, MergeStep, SlimStep)
-Step = Annotated[DropStep | MergeStep | SlimStep, Field(discriminator="method")]
+#: What training may move, by name; names may be joined by "+" (see distill/folder.py).
+TRAINABLE = ("experts", "router", "all")
+
+
+def _parts(value: str) -> str:
+    if not set(value.split("+")) <= set(TRAINABLE):
+        raise ValueError(f"should be {', '.join(TRAINABLE)}, or several joined by +")
+    return value
+
+
+def _word(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class DistillStep(_Step):
+    """Train the model that the steps before it left towards the original, on the calibration text (see distill/step.py).
+
+    It is kept only if it came closer to the original on held-out text. The options are those of `moecompress distill`.
+    """
+
+    method: Literal["distill"]
+    #: experts, router, experts+router, or all (everything but the embeddings and the head)
+    train: Annotated[str, AfterValidator(_parts)] = "all"
+    #: the budget, whichever ends first; with minutes a rerun on another machine, or another day, does another number of steps
+    steps: Count | None = None
+    minutes: Annotated[float, BeforeValidator(_no_bool), Field(gt=0)] | None = None
+    #: tokens of the original that are told apart; 0: all
+    top_logits: Natural = 64
+    #: weight of the text's own next tokens beside the original's
+    cross_entropy: Number = 0.0
+    #: share of the step after which the original is left out (needs cross_entropy)
+    kd_share: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)] = 1.0
+    #: highest learning rate
+    rate: Annotated[float, BeforeValidator(_no_bool), Field(gt=0)] = 1e-4
+    #: share of the step in which the rate rises
+    warmup: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=0.9)] = 0.05
+    weight_decay: Number = 0.0
+    #: longest gradient, longer ones are shortened; 0: no limit
+    clip: Number = 1.0
+    #: sequences at once (null: compute.micro_batch), and how often before the weights move
+    batch: Count | None = None
+    accumulate: Count = 2
+    #: training steps between measurements on held-out text; a killed run goes on behind the last one
+    check_every: Count = 25
+    #: train the experts as what quantizing makes of them: ternary, sign, 2, 3, 4 or e.g. b3g128s
+    qat: Annotated[str, BeforeValidator(_word)] | None = None
+    #: with qat ternary: share of the codes that a training step may change
+    qat_share: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1)] | None = None
+    #: weight of a loss that keeps all experts in use
+    balance: Number = 0.0
+
+    @model_validator(mode="after")
+    def _some_budget(self) -> DistillStep:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("distill needs a budget: steps (can be repeated) or minutes")
+        if self.kd_share < 1 and self.cross_entropy == 0:
+            raise ValueError("kd_share below 1 leaves nothing to train on then; set cross_entropy, or leave kd_share out")
+        if self.qat is not None and not {"experts", "all"} & set(self.train.split("+")):
+            raise ValueError("qat rounds experts, which train leaves out; set train: experts+router or all")
+        if self.qat is None and self.qat_share is not None:
+            raise ValueError("qat_share needs qat: ternary")
+        return self
+
+
+#: The kinds of steps, told apart by their ``method``; what each of them does is in transform/steps.py and distill/step.py.
+STEPS: tuple[type[_Step], ...] = (DropStep, MergeStep, SlimStep, DistillStep)
+Step = Annotated[DropStep | MergeStep | SlimStep | DistillStep, Field(discriminator="method")]
 
 
 def step_methods() -> dict[str, type[_Step]]:
@@ -457,7 +521,7 @@ class Recipe(_Section):
     target: TargetRecipe = TargetRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     allocate: AllocateRecipe = AllocateRecipe()
-    #: steps that change the model's experts before it is quantized, in order
+    #: steps that change the model's experts, or train the model, before it is quantized, in order
     transform: tuple[Step, ...] = ()
     quantize: QuantizeRecipe = QuantizeRecipe()
     repair: RepairRecipe = RepairRecipe()
@@ -539,7 +603,7 @@ def _validate(tree: dict[str, Any], where: Any) -> Recipe:
     raise UserError("\n".join(complaints))
 
 
-def step_from(options: dict[str, Any]) -> DropStep | MergeStep | SlimStep:
+def step_from(options: dict[str, Any]) -> DropStep | MergeStep | SlimStep | DistillStep:
     """One step, as the options of a command say it. Raises UserError."""
     try:
         return TypeAdapter(Step).validate_python(options)

@@ -11,6 +11,8 @@ from moecompress.allocate.candidates import Candidate
 from moecompress.errors import UserError
 from moecompress.recipe import (
     STEPS,
+    TRAINABLE,
+    DistillStep,
     DropStep,
     MergeStep,
     Recipe,
@@ -84,11 +86,13 @@ def test_there_are_recipes() -> None:
 
 
 def test_names_are_those_of_the_code() -> None:
+    from moecompress.distill.folder import ROLES
     from moecompress.runtime.skipping import POLICIES
     from moecompress.transform.methods import METHODS
     from moecompress.transform.steps import RUN
 
-    assert set(STEPS) == set(RUN)
+    assert set(STEPS) == {*RUN, DistillStep}  # the latter is in distill/step.py
+    assert tuple(ROLES) == TRAINABLE
     assert {name for name, kind in step_methods().items() if kind in (DropStep, MergeStep)} == set(METHODS)
     assert set(get_args(RouteRecipe.model_fields["policy"].annotation)) == {"none", *POLICIES}
 

@@ -107,6 +107,9 @@ def print_steps(console: Any, steps: list[dict]) -> None:
     from rich.table import Table
 
     for step in steps:
+        if "training" in step:
+            _print_training(console, step)
+            continue
         table = Table("layer", "dropped", "merged into", "error of the experts' output", title=_title(step))
         for layer, made in step["experts"].items():
             target = made.get("target", [])  # steps that keep all experts have none
@@ -116,13 +119,27 @@ def print_steps(console: Any, steps: list[dict]) -> None:
             merged = "; ".join(f"{' '.join(members)} → {k}" for k, members in groups.items() if members)
             table.add_row(layer, " ".join(dropped) or "–", merged or "–", f"{made['output_error']:.1%}")
         console.print(table)
-        row = step["heldout"]
-        low, high = row["kl_interval_95"]
-        console.print(f"on held-out text: KL {row['kl_mean']:.5f} nats to the original (95 %: {low:.5f} … {high:.5f})")
+        _print_kl(console, step["heldout"])
+
+
+def _print_training(console: Any, step: dict) -> None:
+    made = step["training"]
+    console.print(f"{_title(step)}: {made['steps']} steps, {made['seconds']:.0f} s; "
+                  + (f"best at step {made['best_step']}" if made["kept"] else "undone: nothing was better on held-out text"))  # fmt: skip
+    console.print(f"before: KL {made['before']['kl_mean']:.5f} nats")
+    _print_kl(console, step["heldout"])
+
+
+def _print_kl(console: Any, row: dict) -> None:
+    low, high = row["kl_interval_95"]
+    console.print(f"on held-out text: KL {row['kl_mean']:.5f} nats to the original (95 %: {low:.5f} … {high:.5f})")
 
 
 def _title(step: dict) -> str:
-    said, first = step["step"], next(iter(step["experts"].values()))
+    said = step["step"]
+    if "training" in step:
+        return f"distill, {said['train']}"
+    first = next(iter(step["experts"].values()))
     if "target" in first:
         return f"{said['method']}: {len(first['kept'])} experts a layer, of {len(first['target'])}"
     others = {name: f"{value:g}" if isinstance(value, float) else value for name, value in said.items() if name != "method"}

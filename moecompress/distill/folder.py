@@ -66,7 +66,7 @@ def distill(student: str, teacher: str, out: Path, recipe: Recipe, settings: Set
     open_work(work, hashlib.sha256(f"{job.fingerprint()} {known} {what} {settings}".encode()).hexdigest(), fresh)
     guide = load(source, job.opened.dtype, trust_remote_code)
     refuse_other_tasks(guide)
-    run = _train(job, guide, dtypes, settings, work)
+    run = train_student(job, guide, dtypes, settings, work)
     if run.best_step == 0:
         named = {"kl_mean": "KL", "perplexity": "perplexity"}[settings.judge]
         notice(f"training never brought the {named} on held-out text below {run.before[settings.judge]:.5f}: the result is the student, "
@@ -194,7 +194,8 @@ def refuse_other_vocabulary(student: Any, teacher: Any) -> None:
                         got=f"{len(other):,} tokens, {differing:,} of either without a counterpart", remedy=ITS_ORIGIN)  # fmt: skip
 
 
-def _train(job: Job, guide: Any, dtypes: dict[str, torch.dtype], settings: Settings, work: Path) -> Run:
+def train_student(job: Job, guide: Any, dtypes: dict[str, torch.dtype], settings: Settings, work: Path) -> Run:
+    """Train the parameters ``dtypes`` of ``job``'s model towards the model ``guide``, on the job's text; see `train`."""
     model = load(job.folder, job.opened.dtype, job.trust_remote_code)
     if model.config.get_text_config().vocab_size != guide.config.get_text_config().vocab_size:
         raise UserError("Student and teacher have heads of different sizes", expected=model.config.get_text_config().vocab_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -24,13 +26,35 @@ def targets(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]
 def log_probs(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Log-probabilities under logits [..., V] of the tokens ``index`` [..., k] and of all others together: [..., k + 1]
     (without the last column if there are no others)."""
-    logits = logits.float()
-    norm = logits.logsumexp(-1, keepdim=True)
-    chosen = logits.gather(-1, index.long()) - norm
+    logits, index = logits.float(), index.long()
     if index.shape[-1] == logits.shape[-1]:
-        return chosen
-    others = logits.scatter(-1, index.long(), -torch.inf).logsumexp(-1, keepdim=True) - norm
-    return torch.cat([chosen, others], dim=-1)
+        return logits.log_softmax(-1).gather(-1, index)
+    return LogProbs.apply(logits, index)
+
+
+class LogProbs(torch.autograd.Function):
+    """`log_probs` in few passes over the vocabulary, of which the gradient needs but one and no copy of its own for each: a small
+    model spends much of its time here."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        highest = logits.amax(-1, keepdim=True)
+        shares = (logits - highest).exp_()  # of each token, not divided by their sum yet
+        own = shares.gather(-1, index)
+        # Summed without the tokens of ``index``: what is left of 1 without them would be lost in rounding.
+        rest = shares.scatter_(-1, index, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).tiny)
+        norm = rest + own.sum(-1, keepdim=True)
+        ctx.save_for_backward(shares, own, rest, norm, index)
+        return torch.cat([logits.gather(-1, index) - highest, rest.log()], dim=-1) - norm.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """With g_j for a token of ``index`` and r for the others: g_j − G p_j, and (r / P_rest − G) p_i; G the sum of all."""
+        (grad,) = grads
+        shares, own, rest, norm, index = ctx.saved_tensors
+        total = grad.sum(-1, keepdim=True) / norm
+        result = shares * (grad[..., -1:] / rest - total)
+        return result.scatter_(-1, index, grad[..., :-1] - total * own), None
 
 
 def divergence(logits: torch.Tensor, known: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

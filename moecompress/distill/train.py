@@ -131,7 +131,9 @@ def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype]
     balance = Balance(student, anatomy) if settings.balance > 0 and anatomy is not None else None
     weights = Weights(student, dtypes, rounding)
     weights.put()
-    optimizer = torch.optim.AdamW(weights.masters.values(), lr=settings.rate, weight_decay=settings.weight_decay)
+    # Fused, all of AdamW is one pass over the weights. On a GPU the default is as fast.
+    fused = True if accelerator.device.type == "cpu" else None
+    optimizer = torch.optim.AdamW(weights.masters.values(), lr=settings.rate, weight_decay=settings.weight_decay, fused=fused)
     run = load(folder, weights, optimizer)
     started = time.monotonic() - (run.seconds if run is not None else 0.0)
     if run is None:
@@ -156,6 +158,7 @@ def train(student: nn.Module, teacher: nn.Module, dtypes: dict[str, torch.dtype]
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate_at(done)
             optimizer.step()
+            optimizer.zero_grad()  # the memory is for the model's own gradients now
             weights.put()
             run.step += 1
             run.seconds = time.monotonic() - started

@@ -51,19 +51,21 @@ def fates_through(anatomy: Anatomy, steps: Sequence[dict[str, dict[str, Any]]], 
                   ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Fates of the input's tensors through several stages, each given as the fates of what it was handed.
 
-    ``steps``: those that made a smaller model; ``last``: quantizing it (None: it was not). A tensor of an expert that a step
+    ``steps``: those that made a smaller model or trained it; ``last``: quantizing it (None: it was not). A tensor of an expert that a step
     changed is in the layer's packed experts; which of them, if any, is in the steps' maps of experts.
     """
     result: dict[str, dict[str, Any]] = {}
     for info in anatomy.tensors:
         words = [step[info.name]["fate"] for step in steps if info.name in step]
-        changed = [word for word in words if word != "kept"]
-        fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes, "fate": changed[0] if changed else "kept"}
+        changed = ", ".join(dict.fromkeys(word for word in words if word != "kept"))
+        fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes, "fate": changed or "kept"}
         if last is not None and not changed:
             fate = last[info.name]
-        elif last is not None and info.role == EXPERT and changed[0] != LEFT_OUT:
+        elif last is not None and info.role == EXPERT and LEFT_OUT not in words:
             module = info.target.rpartition(".")[0]
-            fate |= {"fate": f"{changed[0]}, quantized", "into": f"{module}.packed"}
+            fate |= {"fate": f"{changed}, quantized", "into": f"{module}.packed"}
+        elif last is not None and last.get(info.name, fate)["fate"] == "quantized":
+            fate = last[info.name] | {"fate": f"{changed}, quantized"}
         result[info.name] = fate
     return result
 
@@ -79,7 +81,8 @@ def expert_bytes(shards: Iterable[Path]) -> int:
 
 
 def write_manifest(folder: Path, record: dict[str, Any]) -> None:
-    """Add the sha256 of every file in the folder and write it. Nothing in it depends on when or where it was made."""
+    """Add the sha256 of every file in the folder and write it. Nothing in it depends on when or where it was made,
+    but the seconds that a distill step says it took."""
     path = folder / FOLDER / MANIFEST
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != path)
     record = {"version": VERSION, **record, "files": {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}}

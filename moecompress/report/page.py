@@ -42,7 +42,7 @@ def content(records: Records) -> dict[str, Any]:
         "recipe": records.recipe,
         "chosen": repair["after"] if repair and repair["kept"] else heldout[manifest["chosen"]],
         "measured": measured,
-        "steps": [step | {"worst": worst_layer(step)} for step in manifest.get("steps", [])],
+        "steps": [shown_step(number, step) for number, step in enumerate(manifest.get("steps", []), 1)],
         "prediction": prediction,
         "repair": repair,
         "routing": manifest.get("routing"),
@@ -53,3 +53,8 @@ def content(records: Records) -> dict[str, Any]:
         "unreached": experts_by_layer(manifest["unreached_experts"]),
         "pictures": {name: plots.data_uri(svg) for name, svg in pictures.items()},
     }
+
+
+def shown_step(number: int, step: dict[str, Any]) -> dict[str, Any]:
+    """A step's record as the template has it: with its place, and None for what its kind does not say."""
+    return {"training": None} | step | {"number": number, "worst": worst_layer(step) if "experts" in step else None}
