@@ -132,14 +132,15 @@ def test_vectors_of_one_are_plain_skipping(make, family: str, packed: bool) -> N
         module.watcher = lambda x, chosen, alpha, module=module: calls.append((module, x, chosen, alpha))
     plain(loaded, ids)
     assert calls
-    for module, x, chosen, alpha in calls:
-        del module.watcher
-        with torch.no_grad():
-            got = module(x, chosen, alpha)
-            left = alpha * (torch.arange(alpha.shape[1]) == alpha.argmax(-1, keepdim=True))
+    with torch.no_grad():
+        for module, *_ in calls:
+            del module.watcher
+        found = [module(x, chosen, alpha) for module, x, chosen, alpha in calls]
+        for (module, x, chosen, alpha), got in zip(calls, found, strict=True):
             del module.skipping
             if not packed:
                 module.config._experts_implementation = "eager"
+            left = alpha * (torch.arange(alpha.shape[1]) == alpha.argmax(-1, keepdim=True))
             assert_close(got, module(x, chosen, left), "one expert")
 
 
