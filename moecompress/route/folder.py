@@ -55,8 +55,8 @@ def route(model: str, output: Path, policy: str, share: float | None = None, tex
           speed: bool = False, protect: float | None = None, steps: int | None = None, main: int | None = None) -> dict[str, Any]:  # fmt: skip
     """See `moecompress tune-routing --help`. ``tokens``: instead of ``text``. KL is of ``reference`` (the model itself,
     waking all experts, if None) ‖ model, in nats. ``speed``: load the model and time it at every point of the curve.
-    ``protect``: share of tokens that lose no expert (None: as the policy's paper). ``steps``: of training otp and compressed-experts. ``main``: experts of a token that compute, of
-    compressed-experts."""
+    ``protect``: share of tokens that lose no expert (None: as the policy's paper). ``steps``: of training otp and
+    compressed-experts. ``main``: of compressed-experts, experts of a token that compute."""
     wish = Wish(policy, share, max_kl, renormalise, protect, steps, main)
     refuse_wish(wish)
     refuse_target(output)
