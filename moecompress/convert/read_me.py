@@ -47,8 +47,11 @@ from moecompress.progress import track
 
 #: The shared expert is at most this many times as wide as a routed one.
 MOST_SHARED = 15
-#: Widths of experts that later codes store in whole groups.
-GROUP = 32
+#: Widths of experts are multiples of the first, or grouped products of bfloat16 refuse them; better of the second, which
+#: quantization stores in whole groups.
+STEP, GROUP = 8, 32
+#: Share of a domain's neurons that widths may cost, if that makes them fit better.
+SLACK = 0.01
 #: Weight of ½‖W‖² beside the mean cross-entropy of a router, on inputs of unit variance.
 ROUTER_DECAY = 1e-3
 ROUTER_STEPS = 100
@@ -140,14 +143,21 @@ def most_active(activity: Tensor, kept: int) -> Tensor:
 
 def widths(active: Tensor, share: float) -> Shape:
     """Widths for all layers: K = share · n, less what does not divide, and s the multiple of m that is nearest to what all domains have
-    in common on average. active: (layers, D, n)."""
+    in common on average. active: (layers, D, n). UserError if that leaves nothing."""
     domains, dense = active.shape[1:]
     kept = round(share * dense)
     common = float(most_active(active, kept).all(-2).sum(-1).double().mean()) if kept else 0.0
-    found = [(times * (kept // (times + 1)), kept // (times + 1)) for times in range(1, MOST_SHARED + 1) if kept // (times + 1) > 0]
+    every = [(times, kept // (times + 1) // STEP * STEP) for times in range(1, MOST_SHARED + 1)]
+    found = [(times * width, width) for times, width in every if width]
     if not found:
-        raise UserError("A domain would keep too few neurons", expected="2 or more", got=kept, remedy="choose a larger --share")
-    shared, width = min(found, key=lambda pair: (kept - sum(pair) > 0, pair[1] % GROUP > 0, abs(pair[0] - common)))
+        raise UserError("A domain would keep too few neurons", expected=f"{2 * STEP} or more", got=kept, remedy="choose a larger --share")
+    slack = 0 if kept == dense else SLACK * kept
+
+    def misfit(pair: tuple[int, int]) -> tuple[float, bool, float]:
+        missing = kept - sum(pair)
+        return missing if missing > slack else 0, pair[1] % GROUP > 0, abs(pair[0] - common)
+
+    shared, width = min(found, key=misfit)
     return Shape(domains, 1, shared, width)
 
 
