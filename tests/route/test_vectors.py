@@ -260,15 +260,15 @@ def test_vectors_that_do_not_help_are_refused(make, tmp_path: Path, monkeypatch:
     assert made["routing"]["after"]["kl_mean"] == pytest.approx(made["heldout"]["plan"]["kl_mean"])
 
 
-RECIPE = ["calibration.length=24", "allocate.compare=none", "compute.micro_batch=1", "allocate.allocator=uniform", "target.bits=5",
+RECIPE = ["calibration.length=24", "allocate.compare=none", "compute.micro_batch=8", "allocate.allocator=uniform", "target.bits=5",
           "compute.dtype=float32", "allocate.candidates=[{bits: 4, group: 32}]"]  # fmt: skip
 
 
-def test_recipe_and_command(make, moecompress, tiny_model: Path, text_file: Path, quick: list[str], tmp_path: Path) -> None:
+def test_recipe(make, tmp_path: Path) -> None:
     """Trained on the quantized model; what transformers loads computes what the record says."""
-    small = ["calibration.sequences=40", "calibration.heldout=4", "route.policy=compressed-experts", "route.steps=40", "route.main=1", *RECIPE]
+    small = ["calibration.sequences=30", "calibration.heldout=4", "route.policy=compressed-experts", "route.steps=40", "route.main=1", *RECIPE]
     out = tmp_path / "packed"
-    made = pipeline.quantize(pipeline.make_job(str(make("qwen3_moe")), recipe_from(small), tokens=batches(40)), out).manifest
+    made = pipeline.quantize(pipeline.make_job(str(make("qwen3_moe")), recipe_from(small), tokens=batches(30)), out).manifest
     record, ids = made["routing"], batches(2).ids
     assert record["kept"] and record["skipped"] == 0.5 and record["curve"][1]["kl_mean"] < record["curve"][0]["kl_mean"]
     loaded = load(head_class("qwen3_moe"), out)
@@ -276,10 +276,11 @@ def test_recipe_and_command(make, moecompress, tiny_model: Path, text_file: Path
     assert len(spies) == 2 and all(module.skipping.vectors is not None for module in spies)
     assert torch.equal(plain(loading.load(out, torch.float32), ids), plain(loaded, ids))
     assert torch.equal(plain(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), ids), plain(loaded, ids))
+
+
+def test_command(moecompress, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--text", text_file, "--sequences", 12, "--heldout", 4, "--length", 32, "--no-speed", "--dtype", "float32"]
-    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "routed", "--policy", "compressed-experts", "--steps", 30, *options)
-    assert ran.code == 0 or "do not help" in ran.err, ran.err
-    if ran.code == 0:
-        assert "vectors, trained in 30 steps" in ran.out
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "routed", "--policy", "compressed-experts", "--steps", 20, *options)
+    assert ran.code == 0 and "vectors, trained in 20 steps" in ran.out, ran.err
     ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "no", "--policy", "compressed-experts", "--skip", 0.3, *options)
     assert ran.code != 0 and "--main" in ran.err
