@@ -48,7 +48,7 @@ from moecompress.plans import (
 )
 from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
-from moecompress.route.folder import Wish, choose, learned, record_of, store
+from moecompress.route.folder import Wish, choose, learned, record_of, store, worth
 from moecompress.route.frontier import Bench
 from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
@@ -253,9 +253,13 @@ def skipping(job: Job, ready: Path) -> dict[str, Any]:
     bench = Bench(opened, job.heldout, trace(opened(), job.heldout, "compressed on held-out text"))
     pruners, training = learned(ready, opened, calibration.ids, wish, job.trust_remote_code)
     chosen, points = choose(bench, calibration.batches, calibration.mask, wish, pruners)
-    store(read_config(ready), chosen.policy, ready)
+    kept = worth(chosen, points)
+    if kept:
+        store(read_config(ready), chosen.policy, ready)
+    else:
+        notice("the vectors of compressed experts did not help on held-out text: all experts of a token compute, as without a policy")
     after = load_and_measure(ready, job.heldout, job.given.reference, job.opened.dtype).summary()
-    return record_of(chosen, points) | training | {"after": after}
+    return record_of(chosen, points) | training | {"after": after, "kept": kept}
 
 
 def repaired(job: Job, ready: Path, before: dict[str, Any], work: Path) -> tuple[Path, dict[str, Any]]:

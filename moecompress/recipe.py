@@ -473,7 +473,7 @@ def step_methods() -> dict[str, type[_Step]]:
 class RouteRecipe(_Section):
     """Which of a token's chosen experts the result skips at run time (see `moecompress tune-routing`)."""
 
-    policy: Literal["none", "odp", "naee", "top-p", "modes", "adamoe", "otp", "dynamic-bits"] = "none"
+    policy: Literal["none", "odp", "naee", "top-p", "modes", "adamoe", "otp", "dynamic-bits", "compressed-experts"] = "none"
     #: share of the expert calls to skip (dynamic-bits: to compute on two bits)
     skip: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] | None = None
     #: instead: skip as many as cost at most this KL (nats a token, held-out text) to the same model waking all experts
@@ -482,18 +482,24 @@ class RouteRecipe(_Section):
     renormalise: bool | None = None
     #: share of the tokens, those that get most attention, that lose no expert; null: as in the policy's paper (odp: 0.02)
     protect: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] | None = None
-    #: otp: training steps; null: 200
+    #: training steps; null: 200 for otp, 300 for compressed-experts
     steps: Count | None = None
+    #: compressed-experts: experts of a token that compute; null: half of them, rounded up
+    main: Count | None = None
 
     @model_validator(mode="after")
     def _how_much(self) -> RouteRecipe:
         given = sum(value is not None for value in (self.skip, self.max_kl))
+        if self.main is not None and self.policy != "compressed-experts":
+            raise ValueError("main is of policy compressed-experts alone; leave it out")
+        if self.policy == "compressed-experts" and given:
+            raise ValueError("compressed-experts skips all but main experts; leave out skip and max_kl")
         if self.policy == "none" and given:
             raise ValueError("skip and max_kl need a policy: odp, naee, top-p, modes, adamoe, otp or dynamic-bits")
-        if self.policy != "none" and given != 1:
+        if self.policy not in ("none", "compressed-experts") and given != 1:
             raise ValueError(f"policy {self.policy} needs either skip or max_kl")
-        if self.steps is not None and self.policy != "otp":
-            raise ValueError("only policy otp is trained; leave out steps")
+        if self.steps is not None and self.policy not in ("otp", "compressed-experts"):
+            raise ValueError("only policies otp and compressed-experts are trained; leave out steps")
         return self
 
 

@@ -185,7 +185,7 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("route: {policy: odp}\n", "policy odp needs either skip or max_kl"),
         ("route: {policy: odp, skip: 0.1, max_kl: 0.1}\n", "policy odp needs either skip or max_kl"),
         ("route: {skip: 0.1}\n", "skip and max_kl need a policy"),
-        ("route: {policy: odp, skip: 0.1, steps: 9}\n", "only policy otp is trained"),
+        ("route: {policy: odp, skip: 0.1, steps: 9}\n", "only policies otp and compressed-experts are trained"),
         ("route: {policy: odp, skip: 0.1, protect: 1}\n", ":1:33: route.protect: should be less than 1"),
         ("route: {policy: odp, skip: 1}\n", ":1:22: route.skip: should be less than 1"),
         ("name: a\nname: b\n", ":2:1: key 'name' appears twice"),

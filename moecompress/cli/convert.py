@@ -24,15 +24,22 @@ MODEL = Annotated[
     str, typer.Argument(help="Folder or hub id of a dense llama, mistral, qwen2 or qwen3 model; or `smollm2`, fetched.")
 ]
 OUTPUT = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")]
-METHOD = Annotated[str, typer.Option(help="cmoe: split the neurons into experts. mote: keep the block, add copies of it to train.")]
-EXPERTS = Annotated[int | None, typer.Option(help="Routed experts of a layer. Default: 16, with mote 4.")]
+METHOD = Annotated[
+    str,
+    typer.Option(help="cmoe: split the neurons into experts. mote: keep the block, add copies of it to train. read-me: an expert for every "
+                 "kind of text."),
+]  # fmt: skip
+EXPERTS = Annotated[int | None, typer.Option(help="cmoe and mote: routed experts of a layer. Default: 16, with mote 4.")]
 WEIGHT = Annotated[float | None, typer.Option(help="mote: combine weight that a chosen expert starts with. Default: 0.3.")]
 TOP_K = Annotated[int | None, typer.Option(help="Experts that compute for a token. Default: 75 % of the neurons.")]
 SHARED = Annotated[int | None, typer.Option(help="Neurons that compute for every token. Default: about a third.")]
+DOMAINS = Annotated[int | None, typer.Option(help="read-me: cut one text into this many kinds, by k-means of hidden states.")]
+SHARE = Annotated[float | None, typer.Option(help="read-me: share of the neurons that compute for a kind of text. Default: 0.5.")]
 TEXT = Annotated[
-    str, typer.Option(help="Calibration text: `builtin`, a .txt, .jsonl or .parquet file, folder, hub id.")
+    list[str] | None,
+    typer.Option(help="Calibration text: `builtin`, a .txt, .jsonl or .parquet file, folder, hub id. read-me: give one for every domain."),
 ]
-SEQUENCES = Annotated[int, typer.Option(min=1, help=f"Calibration sequences of {LENGTH} tokens.")]
+SEQUENCES = Annotated[int, typer.Option(min=1, help=f"Calibration sequences of {LENGTH} tokens, of each text.")]
 SEED = Annotated[int, typer.Option(help="Seed of the text's places and of the clustering.")]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -45,7 +52,9 @@ def command(
     top_k: TOP_K = None,
     shared: SHARED = None,
     weight: WEIGHT = None,
-    text: TEXT = "builtin",
+    domains: DOMAINS = None,
+    share: SHARE = None,
+    text: TEXT = None,
     sequences: SEQUENCES = 32,
     seed: SEED = 0,
     as_json: JSON = False,
@@ -58,6 +67,9 @@ def command(
     mote, before training: each feed-forward layer becomes the shared expert, and copies of it routed experts of a small weight,
     one of them active. Train these with `distill --train experts+router --qat ternary` and quantize the result (recipes/mote.yaml).
 
+    read-me, without training: each domain's text keeps the neurons that it uses most, half of them; what all keep is the shared
+    expert, what else a domain keeps its routed expert, one of them active. Give a --text for every domain, or --domains to find them.
+
     The result is an ordinary transformers checkpoint (glm4_moe, bfloat16).
 
     Examples:
@@ -67,8 +79,17 @@ def command(
     `moecompress convert ./dense -o ./moe --experts 8 --top-k 5 --shared 512 --text corpus.txt`
 
     `moecompress convert ./dense -o ./upcycled --method mote --experts 4`
+
+    `moecompress convert ./dense -o ./domains --method read-me --text news.txt --text code.txt --text letters.txt`
+
+    `moecompress convert ./dense -o ./domains --method read-me --domains 4 --text corpus.txt --sequences 128`
     """
-    refuse_unused(method, {"--top-k": top_k, "--shared": shared}, {"--weight": weight})
+    refuse_unused(method, {
+        "--experts": (experts, ("cmoe", "mote")), "--top-k": (top_k, ("cmoe",)), "--shared": (shared, ("cmoe",)), "--weight": (weight, ("mote",)),
+        "--domains": (domains, ("read-me",)), "--share": (share, ("read-me",)),
+    })  # fmt: skip
+    texts = text or ["builtin"]
+    refuse_texts(method, texts, domains)
     refuse_existing(output)
     started = time.monotonic()
     dense, tokenizer = load_dense(model)
@@ -78,7 +99,9 @@ def command(
             from moecompress.convert.mote import WEIGHT, upcycle
 
             return upcycle(dense, folder, tokenizer, experts=experts or 4, weight=WEIGHT if weight is None else weight, seed=seed)
-        return split(dense, folder, tokenizer, experts or 16, top_k, shared, text, sequences, seed) | {"text": text}
+        if method == "read-me":
+            return by_domain(dense, folder, tokenizer, texts, domains, 0.5 if share is None else share, sequences, seed) | {"text": texts}
+        return split(dense, folder, tokenizer, experts or 16, top_k, shared, texts[0], sequences, seed) | {"text": texts[0]}
 
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, so that it appears under its name in one step, complete or not at all.
@@ -110,11 +133,31 @@ def split(dense: PreTrainedModel, folder: Path, tokenizer: Any, experts: int, to
     return convert_dense(dense, ids, folder, tokenizer, experts=experts, top_k=top_k, shared=shared, seed=seed)
 
 
-def refuse_unused(method: str, of_cmoe: dict[str, Any], of_mote: dict[str, Any]) -> None:
-    if method not in ("cmoe", "mote"):
-        raise UserError("Unknown method", expected="cmoe or mote", got=method, remedy="pass one of them to --method")
-    others = of_mote if method == "cmoe" else of_cmoe
-    given = [name for name, value in others.items() if value is not None]
+def by_domain(dense: PreTrainedModel, folder: Path, tokenizer: Any, texts: list[str], domains: int | None, share: float, sequences: int,
+              seed: int) -> dict[str, Any]:  # fmt: skip
+    """Read-ME: see convert_read_me."""
+    from moecompress.calibrate.data import token_batches
+    from moecompress.convert.dense import check_dense
+    from moecompress.convert.read_me import cluster, convert_read_me
+
+    check_dense(dense)
+    ids = [token_batches(tokenizer, text, sequences, LENGTH, seed).ids for text in texts]
+    return convert_read_me(dense, ids if domains is None else cluster(dense, ids[0], domains, seed), folder, tokenizer, share=share)
+
+
+def refuse_texts(method: str, texts: list[str], domains: int | None) -> None:
+    if method != "read-me" and len(texts) > 1:
+        raise UserError(f"--method {method} takes one text", expected="one --text", got=len(texts), remedy="put the files into a folder, and give that")
+    if method == "read-me" and (len(texts) == 1) == (domains is None):
+        raise UserError("read-me needs domains", expected="a --text for every domain, or one --text and --domains",
+                        got=f"{len(texts)} texts and " + ("no number of domains" if domains is None else f"--domains {domains}"))  # fmt: skip
+
+
+def refuse_unused(method: str, options: dict[str, tuple[Any, tuple[str, ...]]]) -> None:
+    """options: name -> (value, the methods that have it)."""
+    if method not in ("cmoe", "mote", "read-me"):
+        raise UserError("Unknown method", expected="cmoe, mote or read-me", got=method, remedy="pass one of them to --method")
+    given = [name for name, (value, methods) in options.items() if value is not None and method not in methods]
     if given:
         raise UserError(f"{' and '.join(given)} cannot be given with --method {method}", expected="options of this method",
                         remedy="leave them out; moecompress convert --help says which are whose")  # fmt: skip
@@ -159,6 +202,8 @@ def summary(report: dict[str, Any]) -> str:
             f"  to be trained: moecompress distill {report['output']} --teacher {report['model']} -o OUT --train experts+router "
             f"--qat ternary --cross-entropy 1 --kd-share 0 --balance 0.01 --text TEXT"
         )
+    if report["method"] == "read-me":
+        return summary_of_domains(report)
     error = sum(layer["error"] for layer in report["layers"]) / len(report["layers"])
     return (
         f"{report['output']}: {len(report['layers'])} layers, each {report['shared_width']} shared neurons and "
@@ -166,5 +211,20 @@ def summary(report: dict[str, Any]) -> str:
         f"  {report['active_fraction']:.1%} of the feed-forward neurons compute for a token; "
         f"{report['routed_fraction']:.1%} of them are routed\n"
         f"  an expert serves {report['least_used_share']:.1%} to {report['most_used_share']:.1%} of the tokens\n"
+        f"  mean relative error of a layer {error:.4f}; {report['seconds']:.0f} s"
+    )
+
+
+def summary_of_domains(report: dict[str, Any]) -> str:
+    found, layers = report["perplexity"], report["layers"]
+    error, right = (sum(layer[key] for layer in layers) / len(layers) for key in ("error", "right_domain"))
+    each = ", ".join(f"{row['dense']:.2f} → {row['moe']:.2f}" for row in found["domains"])
+    return (
+        f"{report['output']}: {len(layers)} layers, each {report['shared_width']} shared neurons and {report['experts']} experts of "
+        f"{report['expert_width']}, top-1\n"
+        f"  {report['active_fraction']:.1%} of the dense model's {report['dense_width']} neurons compute for a token, {report['stored_fraction']:.1%} are "
+        f"stored, copies counted; all domains keep {report['common_fraction']:.1%}, {report['lost_fraction']:.1%} are lost\n"
+        f"  routers choose the expert of the text's domain for {right:.1%} of the tokens\n"
+        f"  perplexity on held-out text {found['dense']:.2f} → {found['moe']:.2f} ({each})\n"
         f"  mean relative error of a layer {error:.4f}; {report['seconds']:.0f} s"
     )

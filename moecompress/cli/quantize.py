@@ -150,8 +150,12 @@ def _print(result, record: dict) -> None:
                       f"routers not repaired: {repair['steps']} steps never brought KL below {before:.5f} nats (best {best:.5f}); they are as before")
     if record["routing"]:
         skips, after = record["routing"], record["routing"]["after"]
-        console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "
-                      f"the original, perplexity {after['perplexity']:.3f}")  # fmt: skip
+        if skips.get("vectors_bytes"):
+            console.print(f"vectors of compressed experts: {size_text(skips['vectors_bytes'])}; KL {skips['curve'][0]['kl_mean']:.5f} → "
+                          f"{skips['curve'][1]['kl_mean']:.5f} nats to the quantized model" + ("" if skips["kept"] else "; left out"))  # fmt: skip
+        if skips.get("kept", True):
+            console.print(f"policy {skips['policy']} skips {skips['skipped']:.2%} of the expert calls: KL {after['kl_mean']:.5f} nats to "
+                          f"the original, perplexity {after['perplexity']:.3f}")  # fmt: skip
     if record["prediction"] and record["prediction"]["off"]:
         ratios = ", ".join(f"{scheme} {record['prediction']['ratio'][scheme]:.2f}" for scheme in record["prediction"]["off"])
         console.print(f"[yellow]predicted errors are off[/yellow] (median of measured ÷ predicted over {record['prediction']['units']} "

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from moecompress.cli.common import Json, Model, Trust, print_json
+from moecompress.cli.common import Json, Model, Trust, print_json, size_text
 
 
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; must not exist or be empty.")],
-    policy: Annotated[str, typer.Option("--policy", help="odp, naee, top-p, modes, adamoe, otp or dynamic-bits (below).")] = "odp",
+    policy: Annotated[str, typer.Option("--policy", help="odp, naee, top-p, modes, adamoe, otp, dynamic-bits or compressed-experts (below).")] = "odp",
     skip: Annotated[
         float | None, typer.Option("--skip", help="Share of expert calls to skip, 0.15 (the default) for 15 %.")
     ] = None,
@@ -37,7 +37,8 @@ def command(
         typer.Option(min=0, max=0.99, help="Share of tokens, those that get most attention, that lose no expert. "
                      "Default: as the policy's paper, which is 0.02 for odp and none for the others."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="otp: training steps; 200 if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="otp and compressed-experts: training steps; 200 and 300 if not given.")] = None,
+    main: Annotated[int | None, typer.Option(min=1, help="compressed-experts: experts of a token that compute; half of them if not given.")] = None,
     reference: Annotated[
         str | None,
         typer.Option("--reference", help="Measure KL to this model, before and after. Default: to MODEL waking all experts."),
@@ -62,6 +63,8 @@ def command(
     adamoe where the router's logit is under that of null experts; otp by masks that are trained here, against the same
     model waking all experts, which needs it whole and unpacked in memory. dynamic-bits skips none: where the weight is
     small, an expert of nested integers (recipes/matryoshka.yaml) computes on its two highest bits and reads no others.
+    compressed-experts computes --main experts of every token and no others; vectors that are trained here, as the masks of
+    otp are, stand for the others by changing the inputs of the main ones. Refused if they do not lower the KL of that skipping.
 
     Examples:
 
@@ -70,13 +73,15 @@ def command(
         moecompress tune-routing out -o out-skipping --policy top-p --max-kl 0.01 --no-speed
 
         moecompress tune-routing ./model -o routed --policy modes --skip 0.3 --no-renormalise --json
+
+        moecompress tune-routing out -o out-main4 --policy compressed-experts --main 4 --text corpus.txt
     """
     from moecompress.route.folder import route
 
-    if skip is None and max_kl is None:
+    if skip is None and max_kl is None and policy != "compressed-experts":
         skip = 0.15
     record = route(model, output, policy, skip, text, sequences, length, heldout, renormalise, reference, dtype, trust_remote_code,
-                   max_kl=max_kl, speed=speed, protect=protect, steps=steps)  # fmt: skip
+                   max_kl=max_kl, speed=speed, protect=protect, steps=steps, main=main)  # fmt: skip
     if json_:
         print_json(record)
         return
@@ -88,7 +93,7 @@ def command(
     what = "calls computed on two bits" if policy == "dynamic-bits" else "calls skipped"
     curve = Table(f"expert {what}", "KL, nats", "95 %", "top-1 agreement", *(["tokens/s"] if speed else []), title=title)
     for row in record["curve"]:
-        chosen = row["calibration_skipped"] == record["calibration_skipped"]
+        chosen = row["skipped"] > 0 and row["kl_mean"] == record["after"]["kl_mean"]
         low, high = row.get("kl_interval_95", (row["kl_mean"],) * 2)
         curve.add_row(f"{row['skipped']:.2%}" + (" (kept)" if chosen else ""), f"{row['kl_mean']:.5f}", f"{low:.5f} … {high:.5f}",
                       f"{row.get('top1_agreement', 1):.2%}", *([f"{row['tokens_per_second']:.1f}"] if speed else []))  # fmt: skip
@@ -98,6 +103,9 @@ def command(
         console.print("protected tokens: " + ", ".join(
             f"by attention received × norm in {n} layers" if how == "attention" else f"by norm alone in {n} layers, whose attention cannot be seen"
             for how, n in by.items()))  # fmt: skip
+    if "vectors_bytes" in record:
+        console.print(f"vectors, trained in {record['training']['steps']} steps: {size_text(record['vectors_bytes'])}; the row above the kept "
+                      "one is the same skipping without them")  # fmt: skip
     did = "computes on two bits" if policy == "dynamic-bits" else "skips"
     console.print(f"{output}: policy {policy} {did} {record['skipped']:.2%} of the expert calls "
                   f"({record['calibration_skipped']:.2%} on the text it was tuned on); perplexity "

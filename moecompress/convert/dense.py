@@ -7,7 +7,7 @@ selection bias, shared experts. With all experts active it is the dense model ag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,17 +89,8 @@ def convert_dense(
     """
     shape = check_shape(model, experts, top_k, shared)
     generator = torch.Generator().manual_seed(seed)
-    batches = list(sequences.split(BATCH))
-    hidden, arguments = _into_first_layer(model, batches)
-    converted: list[Layer] = []
-    layers: list[dict[str, Any]] = []
-    for number, block in enumerate(track(model.model.layers, "converting layers")):
-        x = _after_attention(block, hidden, arguments)
-        layer, facts, outputs = convert_layer(block.mlp, x, shape, generator)
-        for batch, part in zip(hidden, outputs.split([b.shape[0] * b.shape[1] for b in hidden]), strict=True):
-            batch += part.view_as(batch)
-        converted.append(layer)
-        layers.append({"layer": number, **facts})
+    converted, each = rebuild(model, sequences, lambda mlp, x: convert_layer(mlp, x, shape, generator))
+    layers = [{"layer": number, **facts} for number, facts in enumerate(each)]
     save_moe(model, moe_config(model, shape), [moe_tensors(layer, shape, dtype) for layer in converted], out_dir, tokenizer, dtype)
     return {
         "family": "glm4_moe",
@@ -114,6 +105,23 @@ def convert_dense(
         "most_used_share": max(max(facts["usage"]) for facts in layers),
         "layers": layers,
     }
+
+
+def rebuild(model: PreTrainedModel, sequences: Tensor, convert: Callable[[Any, Tensor], tuple[Layer, dict[str, Any], Tensor]]
+            ) -> tuple[list[Layer], list[dict[str, Any]]]:  # fmt: skip
+    """Every layer converted on what the converted layers before it deliver, and its facts. sequences: tokens [N, L]. convert:
+    feed-forward part and its inputs (T, d) -> the new layer, facts, its outputs (T, d)."""
+    hidden, arguments = _into_first_layer(model, list(sequences.split(BATCH)))
+    converted: list[Layer] = []
+    layers: list[dict[str, Any]] = []
+    for block in track(model.model.layers, "converting layers"):
+        x = _after_attention(block, hidden, arguments)
+        layer, facts, outputs = convert(block.mlp, x)
+        for batch, part in zip(hidden, outputs.split([b.shape[0] * b.shape[1] for b in hidden]), strict=True):
+            batch += part.view_as(batch)
+        converted.append(layer)
+        layers.append(facts)
+    return converted, layers
 
 
 def convert_layer(
@@ -132,8 +140,15 @@ def convert_layer(
     strength = expert_strength(importance[:, shape.shared :], shape.experts)
     routing = fit_routing(x, strength, ROUTER_DAMPING)
     routing = reach_all(routing, x, shape.top_k, LEAST_USAGE * shape.top_k / shape.experts)
+    down, facts, outputs = finish_layer(x, h, h @ down.T, down, routing, shape)
+    return Layer(gate, up, down, routing), facts, outputs
+
+
+def finish_layer(x: Tensor, h: Tensor, target: Tensor, down: Tensor, routing: Routing, shape: Shape
+                 ) -> tuple[Tensor, dict[str, Any], Tensor]:  # fmt: skip
+    """down_proj refitted to what the chosen experts compute, facts, and outputs (T, d). h (T, q), down (d, q): neurons in the order of
+    `Layer`, h is changed. target (T, d): what the dense layer puts out for the inputs x (T, d)."""
     chosen = routing.choose(x, shape.top_k)  # (T, E)
-    target = h @ down.T
     computed = torch.cat([torch.ones(len(x), shape.shared), chosen.repeat_interleave(shape.width, dim=1)], dim=1)
     h *= computed
     error = target - h @ down.T
@@ -146,7 +161,7 @@ def convert_layer(
         "error_before_refit": lost,
         "error": float((outputs - target).square().sum() / target.square().sum()),
     }
-    return Layer(gate, up, down, routing), facts, outputs
+    return down, facts, outputs
 
 
 # --- the walk through the dense model -------------------------------------------------------------------------------

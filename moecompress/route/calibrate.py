@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from moecompress.runtime.skipping import (
     router_logits,
     router_norm,
 )
+from moecompress.runtime.vectors import Vectors
 
 #: Policies with a threshold a layer, each layer skipping the wanted share; the others have one for the whole model.
 BY_LAYER = ("odp", "naee", "adamoe")
@@ -159,6 +160,8 @@ def tune(policy: str, seen: dict[str, Seen], share: float, renormalise: bool | N
     whole model for the others. ``renormalise`` None: as the policy's paper does. ``pruners``: those of otp."""
     if policy not in POLICIES:
         raise UserError(f"Unknown policy {policy!r}", expected=", ".join(POLICIES))
+    if policy == "compressed-experts":
+        raise UserError("compressed-experts has no threshold to tune", expected="a number of experts (--main)", got=f"a share of {share:g}")
     if not 0 <= share < 1:
         raise UserError("Impossible share of expert calls to skip", expected="0 to 1, without 1", got=share)
     top_k = max(one.weights.shape[1] for one in seen.values())
@@ -172,7 +175,7 @@ def tune(policy: str, seen: dict[str, Seen], share: float, renormalise: bool | N
 
 
 def policy_of(policy: str, seen: dict[str, Seen], thresholds: dict[str, float], renormalise: bool | None = None,
-              vision: dict[str, float] | None = None, pruners: dict[str, Pruner] | None = None) -> Policy:  # fmt: skip
+              vision: dict[str, float] | None = None, pruners: Mapping[str, Pruner | Vectors] | None = None) -> Policy:  # fmt: skip
     """A policy of known thresholds by layer. ``vision``: those of tokens of images, if others."""
     rules = {
         name: Rule(threshold=thresholds[name], importance=one.importance if policy == "modes" else 1.0, experts=one.experts,

@@ -15,7 +15,7 @@ from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, l
 from moecompress.pack.nested import BASE
 from moecompress.pack.scheme import NESTED, Scheme
 from moecompress.runtime.bank import IntegerBank, NestedIntegers, SplitIntegers, make_bank, turn, turn_back
-from moecompress.runtime.dispatch import by_expert, crowded
+from moecompress.runtime.dispatch import by_expert, crowded, through
 
 
 class PackedExperts(nn.Module):
@@ -192,6 +192,20 @@ class PackedExperts(nn.Module):
         y = y * weights.reshape(-1, 1)
         return y.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
+    def scaled_for(self, module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor,
+                   scales: dict[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
+        """The same with every token's inputs multiplied by ``scales``, projection -> [T, in]. Pairs of an expert that is not
+        below E do not compute."""
+        if self.aliased:
+            chosen, weights = self.served(chosen, weights)
+        if crowded(chosen, self.layout.experts) and not gpu.ready(chosen.device):
+            return by_expert(module, self.layout, self._matmul, hidden, chosen, weights, scales)
+        left = (chosen.reshape(-1) < self.layout.experts).nonzero().squeeze(1)  # [S]
+        expert, token = chosen.reshape(-1)[left], left // chosen.shape[1]
+        y = through(module, self.layout, lambda name, of, x: self.project(name, x, of, self.turned(name, x)), expert, hidden[token],
+                    {name: scale[token] for name, scale in scales.items()})  # fmt: skip
+        y = y * weights.reshape(-1, 1)[left]
+        return y.new_zeros(hidden.shape).index_add_(0, token, y).to(hidden.dtype)
 
     def _matmul(self, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         for name, bank in self.banks(projection).items():

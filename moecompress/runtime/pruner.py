@@ -14,6 +14,7 @@ from torch import nn
 
 from moecompress.errors import UserError
 from moecompress.model.checkpoint import read_entry, read_header, sha256_file, write_shard
+from moecompress.runtime.vectors import Vectors
 
 #: Stands beside config.json, and is copied with the tokenizer's files (model/checkpoint.py).
 FILE = "moecompress_routing.safetensors"
@@ -32,6 +33,17 @@ class Pruner(nn.Module):
         self.weight = nn.Parameter(torch.zeros(top_k, hidden + top_k))
         self.bias = nn.Parameter(HEAD_START * (torch.arange(top_k) == top_k - 1).float())
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Pruner:
+        weight = tensors["weight"]
+        found = cls(weight.shape[1] - weight.shape[0], weight.shape[0])
+        found.load_state_dict(tensors)
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As they are stored."""
+        return {name: value.detach().float().cpu() for name, value in self.state_dict().items()}
+
     def forward(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """hidden [T, d], weights [T, k] in any order -> [T, k] float32: column c − 1 for keeping c experts."""
         x = hidden.float()
@@ -41,28 +53,28 @@ class Pruner(nn.Module):
         return torch.nn.functional.linear(torch.cat([x, ordered], dim=-1), self.weight, self.bias)
 
 
-def write(folder: Path, pruners: Mapping[str, Pruner]) -> str:
-    """Write the file (experts module -> its pruner) into ``folder``; returns its sha256."""
-    tensors = {f"{name}.{key}": value.detach().float().cpu() for name, one in pruners.items() for key, value in one.state_dict().items()}
+def write(folder: Path, learned: Mapping[str, Pruner | Vectors]) -> str:
+    """Write the file (experts module -> its pruner, or vectors) into ``folder``; returns its sha256."""
+    tensors = {f"{name}.{key}": value for name, one in learned.items() for key, value in one.tensors().items()}
     write_shard(folder / FILE, tensors)
     return sha256_file(folder / FILE)
 
 
-def read(folder: Path, digest: str | None) -> dict[str, Pruner]:
-    """The inverse. ``digest``: the sha256 that config.json has of the file. UserError if it is missing or another one."""
+def read(folder: Path, digest: str | None, kind: type[Pruner] | type[Vectors] = Pruner) -> dict[str, Pruner | Vectors]:
+    """The inverse. ``digest``: the sha256 that config.json has of the file. ``kind``: of what is in it. UserError if it is missing
+    or another one."""
     path = folder / FILE
     if not path.exists():
-        raise UserError(f"File {FILE} is missing from {folder}", expected="the masks of policy otp, which config.json names",
+        raise UserError(f"File {FILE} is missing from {folder}", expected="what the policy learned, which config.json names",
                         remedy="copy it from the folder that tune-routing or quantize wrote (save_pretrained leaves it out)")  # fmt: skip
     found = sha256_file(path)
     if found != digest:
         raise UserError(f"{path} does not belong to the policy in config.json", expected=f"sha256 {str(digest)[:16]}…", got=f"{found[:16]}…",
                         remedy="copy both files from one folder")  # fmt: skip
-    entries, pruners = read_header(path), {}
+    entries = read_header(path)
+    learned: dict[str, Pruner | Vectors] = {}
     with torch.device("cpu"):  # transformers reads a policy while it builds models on the meta device
         for name in sorted({entry.rpartition(".")[0] for entry in entries}):
-            weight = read_entry(entries[f"{name}.weight"])
-            pruners[name] = Pruner(weight.shape[1] - weight.shape[0], weight.shape[0])
-            pruners[name].load_state_dict({"weight": weight, "bias": read_entry(entries[f"{name}.bias"])})
-            pruners[name].requires_grad_(False)
-    return pruners
+            own = {key.removeprefix(f"{name}."): read_entry(entry) for key, entry in entries.items() if key.rpartition(".")[0] == name}
+            learned[name] = kind.from_tensors(own).requires_grad_(False)
+    return learned

@@ -26,6 +26,8 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
     if skipping is None:
         return compute(self, hidden_states, top_k_index, top_k_weights)
     chosen, weights = skipping(hidden_states, top_k_index, top_k_weights)
+    if (vectors := getattr(skipping, "vectors", None)) is not None:
+        return compute_scaled(self, hidden_states, chosen, weights, vectors(top_k_index, top_k_weights, chosen))
     if getattr(skipping, "policy", None) == "dynamic-bits":
         return compute_split(self, hidden_states, top_k_index, chosen, weights)
     return compute_left(self, hidden_states, chosen, weights)
@@ -63,6 +65,19 @@ def compute_split(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor,
     y = compute_left(module, hidden, left, weights)
     with packed.few_bits():
         return y + compute_left(module, hidden, chosen.masked_fill(left >= 0, -1), weights)
+
+
+def compute_scaled(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor,
+                   scales: dict[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
+    """The same where ``chosen`` has −1 for experts that vectors stand for (runtime/vectors.py). scales: projection -> [T, in],
+    what the inputs of the experts left are multiplied by."""
+    chosen = chosen.masked_fill(chosen < 0, module.num_experts)  # a routing sentinel, which does not compute
+    packed = getattr(module, "packed", None)
+    if isinstance(packed, PackedExperts):
+        return packed.scaled_for(module, hidden, chosen, weights, scales)
+    layout = layout_of(module)
+    stored = projections(module, layout)
+    return by_expert(module, layout, lambda name, expert, x: x @ stored[name][expert].T, hidden, chosen, weights, scales)
 
 
 def register() -> None:

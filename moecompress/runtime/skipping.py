@@ -10,7 +10,7 @@ get much attention may be protected (runtime/attention.py), and tokens of images
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -23,12 +23,13 @@ from torch import nn
 from moecompress.errors import UserError
 from moecompress.model.anatomy import top_k_of
 from moecompress.model.checkpoint import read_config
-from moecompress.model.experts import resolve, routers
+from moecompress.model.experts import layout_of, resolve, routers
 from moecompress.runtime import attention, kinds, pruner, seam
 from moecompress.runtime.attention import Received
 from moecompress.runtime.kinds import Kinds
 from moecompress.runtime.packed import PackedExperts
 from moecompress.runtime.pruner import Pruner
+from moecompress.runtime.vectors import Vectors
 
 #: The key of config.json that holds a policy. Absent: every chosen expert computes.
 KEY = "moecompress_routing"
@@ -101,6 +102,16 @@ def otp(weights: torch.Tensor, threshold: Threshold, _importance: float = 1.0, s
     return _behind(torch.arange(k, device=weights.device) > kept, order)
 
 
+def compressed_experts(weights: torch.Tensor, threshold: Threshold, _importance: float = 1.0,
+                       _scores: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    """Keep the ``threshold`` experts of largest weight of every token; vectors stand for the others (runtime/vectors.py).
+
+    Compressed Experts (arXiv 2503.00634). There vectors and model are trained together; here the vectors alone.
+    """
+    order = weights.argsort(dim=-1, descending=True, stable=True)
+    return _behind(torch.arange(weights.shape[-1], device=weights.device).expand_as(weights) >= threshold, order)
+
+
 def _behind(skipped: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """From ranks back to places, without the first rank. skipped [T, k] by rank, order [T, k]: the place of each rank."""
     skipped = skipped.clone()
@@ -113,10 +124,13 @@ POLICIES: dict[str, Decide] = {
     "odp": odp, "naee": naee, "top-p": top_p, "modes": modes, "adamoe": adamoe, "otp": otp,
     # D²MoE (arXiv 2504.15299) has a trained router of bits for every expert; here a weight that is small beside the token's
     # largest makes two bits of a nested expert do.
-    "dynamic-bits": odp,
+    "dynamic-bits": odp, "compressed-experts": compressed_experts,
 }  # fmt: skip
 #: Whether the weights of the experts that are left grow to the sum of all, as in the policy's paper.
-RENORMALISE = {"odp": True, "naee": True, "top-p": True, "modes": False, "adamoe": True, "otp": True, "dynamic-bits": False}
+RENORMALISE = {"odp": True, "naee": True, "top-p": True, "modes": False, "adamoe": True, "otp": True, "dynamic-bits": False,
+               "compressed-experts": True}  # fmt: skip
+#: What the policies that learn something keep for a layer.
+LEARNED: dict[str, type[Pruner] | type[Vectors]] = {"otp": Pruner, "compressed-experts": Vectors}
 #: Share of tokens that are protected, as in the policy's paper; the others protect none.
 PROTECT = {"odp": 0.02}
 
@@ -150,28 +164,28 @@ class Rule(BaseModel):
 
 class Policy(BaseModel):
     """What config.json holds under `KEY`. skip: share of expert calls skipped on the calibration text (dynamic-bits: computed
-    on two bits). layers: experts module -> rule. learned: sha256 of the file of `Pruner`s, which otp has."""
+    on two bits). layers: experts module -> rule. learned: sha256 of the file of what policies of `LEARNED` have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     version: Literal[1] = 1
-    policy: Literal["odp", "naee", "top-p", "modes", "adamoe", "otp", "dynamic-bits"]
+    policy: Literal["odp", "naee", "top-p", "modes", "adamoe", "otp", "dynamic-bits", "compressed-experts"]
     renormalise: bool
     top_k: int
     skip: float
     layers: dict[str, Rule]
     learned: str | None = None
-    _pruners: dict[str, Pruner] = PrivateAttr(default_factory=dict)
+    _pruners: Mapping[str, Pruner | Vectors] = PrivateAttr(default_factory=dict)
 
-    def with_pruners(self, pruners: dict[str, Pruner]) -> Policy:
-        """The same, holding what ``learned`` names. ``pruners``: by experts module, as ``layers``."""
+    def with_pruners(self, pruners: Mapping[str, Pruner | Vectors]) -> Policy:
+        """The same, holding what ``learned`` names. ``pruners``: by experts module, as ``layers``; for compressed-experts vectors."""
         if set(pruners) != set(self.layers):
-            raise UserError(f"The masks in {pruner.FILE} are of other layers", expected=", ".join(self.layers), got=", ".join(pruners),
+            raise UserError(f"What is in {pruner.FILE} is of other layers", expected=", ".join(self.layers), got=", ".join(pruners),
                             remedy="make the folder again with `moecompress tune-routing`")  # fmt: skip
         self._pruners = pruners
         return self
 
     @property
-    def pruners(self) -> dict[str, Pruner]:
+    def pruners(self) -> Mapping[str, Pruner | Vectors]:
         return self._pruners
 
 
@@ -197,7 +211,8 @@ def skip(policy: str, rule: Rule, renormalise: bool, chosen: torch.Tensor, weigh
 @dataclass
 class Skipper:
     """What an experts module asks, called by runtime/seam.py. score: (hidden [T, d], chosen, weights [T, k]) -> [T, k].
-    counts: grows by (skipped pairs, all pairs) with every call, where there is such a list."""
+    vectors: what stands for the skipped experts, of compressed-experts. counts: grows by (skipped pairs, all pairs) with every
+    call, where there is such a list."""
 
     policy: str
     rule: Rule
@@ -205,6 +220,7 @@ class Skipper:
     score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     received: Received | None = None
     kinds: Kinds | None = None
+    vectors: Vectors | None = None
     counts: list[tuple[int, int]] | None = None
 
     def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,6 +278,17 @@ def scorer(policy: Policy, model: nn.Module, name: str, listed: str) -> Callable
     return None
 
 
+def vectors_for(policy: Policy, model: nn.Module, name: str, listed: str) -> Vectors | None:
+    """What `Skipper.vectors` is, likewise."""
+    found = policy.pruners.get(listed) if policy.policy == "compressed-experts" else None
+    if not isinstance(found, Vectors):
+        return None
+    module: Any = model.get_submodule(name)
+    packed = getattr(module, "packed", None)
+    found.check(packed.layout if isinstance(packed, PackedExperts) else layout_of(module), name)
+    return found
+
+
 def apply(model: nn.Module, policy: Policy | dict[str, Any]) -> None:
     """Let ``model``, packed or not, skip experts by ``policy`` (or what config.json holds) from now on.
 
@@ -271,6 +298,7 @@ def apply(model: nn.Module, policy: Policy | dict[str, Any]) -> None:
         policy = with_file(parse(policy), Path(getattr(model, "name_or_path", "")))
     names = _rules(model, policy)
     scores = {name: scorer(policy, model, name, listed) for name, (listed, _) in names.items()}
+    vectors = {name: vectors_for(policy, model, name, listed) for name, (listed, _) in names.items()}
     if policy.policy == "dynamic-bits":
         _split(model, names)
     remove(model, join=policy.policy != "dynamic-bits")
@@ -279,7 +307,7 @@ def apply(model: nn.Module, policy: Policy | dict[str, Any]) -> None:
     told = kinds.watch(model) if any(rule.vision is not None for _, rule in names.values()) else None
     for name, (_, rule) in names.items():
         module: Any = model.get_submodule(name)
-        module.skipping = Skipper(policy.policy, rule, policy.renormalise, scores[name], watched.get(name), told)
+        module.skipping = Skipper(policy.policy, rule, policy.renormalise, scores[name], watched.get(name), told, vectors[name])
         module.config._experts_implementation = seam.NAME
     setattr(model.config, KEY, policy.model_dump())  # save_pretrained writes it
 
@@ -327,7 +355,8 @@ def read_policy(folder: Path) -> Policy | None:
 
 def with_file(policy: Policy, folder: Path) -> Policy:
     """The same policy with what it has learned, from the file in ``folder``."""
-    return policy.with_pruners(pruner.read(folder, policy.learned)) if policy.policy == "otp" else policy
+    kind = LEARNED.get(policy.policy)
+    return policy if kind is None else policy.with_pruners(pruner.read(folder, policy.learned, kind))
 
 
 def router_norm(model: nn.Module, name: str) -> float | None:

@@ -1,0 +1,119 @@
+"""Training the vectors of compressed experts (arXiv 2503.00634): distillation of the model that computes ``main`` experts a token
+from itself computing all k.
+
+The paper finetunes the vectors together with the model on instructions, which takes its data and its GPUs. Here the model, packed
+or not, stays as it is, and the vectors, which start at 1, learn its next-token distributions: KL, on any text. The combine weights of
+the main experts grow to the sum of all k where ``renormalise`` is set; the paper does not say. See CHANGELOG for which was better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecompress.errors import UserError
+from moecompress.model.experts import layout_of
+from moecompress.progress import share_done
+from moecompress.route.otp import unpack
+from moecompress.runtime import seam
+from moecompress.runtime.loading import load
+from moecompress.runtime.skipping import Rule, Skipper, remove
+from moecompress.runtime.vectors import Vectors
+
+POLICY = "compressed-experts"
+
+
+@dataclass(frozen=True)
+class Training:
+    """``main``: experts of a token that compute. ``rate``: first learning rate; it falls to zero by a cosine. ``batch``: sequences."""
+
+    main: int
+    steps: int = 300
+    rate: float = 0.01
+    batch: int = 4
+    renormalise: bool = True
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        return self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+def main_experts(top_k: int | None, main: int | None) -> int:
+    """How many of ``top_k`` experts compute: ``main``, or half of them (rounded up). UserError if there is nothing to choose."""
+    if top_k is None or top_k < 2:
+        raise UserError("Compressed experts need a choice of experts", expected="a model with 2 or more experts per token", got=top_k,
+                        remedy="with one expert per token there is none that a vector could stand for")  # fmt: skip
+    if main is not None and not 1 <= main < top_k:
+        raise UserError("That many main experts cannot be", expected=f"1 to {top_k - 1}, of {top_k} experts per token", got=main)
+    return (top_k + 1) // 2 if main is None else main
+
+
+def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Training, dtype: torch.dtype | str = "auto",
+          trust_remote_code: bool = False) -> tuple[dict[str, Vectors], dict[str, Any]]:  # fmt: skip
+    """Vectors for the experts modules ``layers`` of the model in ``folder``, packed or not, trained on token ids [N, L]; and a
+    record of the training. The whole model is in memory with its experts unpacked. UserError if the loss is not finite."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no")
+    model = load(folder, dtype, trust_remote_code)
+    remove(model)
+    unpack(model)
+    model = model.to(accelerator.device).requires_grad_(False)
+    vectors = nn.ModuleList(Vectors.of(layout_of(model.get_submodule(name))) for name in layers)
+    optimizer = torch.optim.AdamW(vectors.parameters(), lr=training.rate, weight_decay=0.0)
+    vectors, optimizer = accelerator.prepare(vectors, optimizer)
+    losses: list[float] = []
+    with torch.random.fork_rng(devices=[]), share_done("vectors") as show:
+        torch.manual_seed(training.seed)
+        for step in range(training.steps):
+            rows = torch.randperm(len(ids))[: training.batch]
+            loss = distance(model, dict(zip(layers, vectors, strict=True)), ids[rows].to(accelerator.device), training)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"The loss of step {step + 1} is not finite", expected="a number", got=losses[-1],
+                                remedy="compute in float32 (--dtype float32)")  # fmt: skip
+            for group in optimizer.param_groups:
+                group["lr"] = training.rate_at(step)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            show((step + 1) / training.steps, f"step {step + 1}, KL {losses[-1]:.4f}")
+    few = max(1, training.steps // 10)
+    record = {"steps": training.steps, "main": training.main, "kl_first": sum(losses[:few]) / few, "kl": sum(losses[-few:]) / few}
+    return {name: rounded(one) for name, one in zip(layers, accelerator.unwrap_model(vectors), strict=True)}, record
+
+
+def rounded(vectors: Vectors) -> Vectors:
+    """As they will be read from the file."""
+    return Vectors.from_tensors(vectors.tensors()).requires_grad_(False)
+
+
+def distance(model: nn.Module, vectors: Mapping[str, Vectors], ids: torch.Tensor, training: Training) -> torch.Tensor:
+    """KL in nats a token of the model computing all experts ‖ computing ``main`` with vectors, on ids [B, L]."""
+    with torch.no_grad():
+        known = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    with few_experts(model, vectors, training):
+        own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    return (known.exp() * (known - own)).sum(-1).mean()
+
+
+@contextmanager
+def few_experts(model: nn.Module, vectors: Mapping[str, Vectors], training: Training) -> Iterator[None]:
+    seam.register()
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in vectors}
+    for name, module in modules.items():
+        rule = Rule(threshold=training.main, experts=module.num_experts)
+        module.skipping = Skipper(POLICY, rule, training.renormalise, vectors=vectors[name])
+        module.config._experts_implementation = seam.NAME
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.skipping
