@@ -158,7 +158,11 @@ class _Shedding:
 
     def shared(self) -> list[_Way]:
         """Everyone who is gone is served by the nearest expert that is left, scaled."""
-        return [self._way(into, share, False, *self._served(into, share)) for into, share in self._assigned(*self._nearest)]
+        return [self._way(into, share, False, *self._served(into, share)) for into, share in self._near_groups]
+
+    @cached_property
+    def _near_groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return self._assigned(*self._near())
 
     def _assigned(self, gain: torch.Tensor, factor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Into and share (see `Thinning`) of every level: the next to go is the one with which the least energy is lost in all,
@@ -182,10 +186,6 @@ class _Shedding:
     def _served(self, into: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the experts are given then: chosen and weights [T, k]."""
         return into[self.chosen].clamp_min(0), self.weights * share[self.chosen].to(self.weights.dtype)
-
-    @cached_property
-    def _nearest(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._near()
 
     def _near(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [E, E]: the part of an expert's weighted energy that another's scaled output explains (0 where that was not
@@ -215,8 +215,10 @@ class _Shedding:
     def merged(self) -> list[_Way]:
         """Groups as of `shared`. Every group of a level that the level before did not have is fitted, on tokens that the error is
         not measured on: twice min(m, pairs)³ / 3 + pairs · m · min(m, pairs) products."""
-        ways, fitted = [], {}
-        for into, share in self._assigned(*self._nearest):
+        ways = []
+        fitted: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        for into, share in self._near_groups:
+            share = share.clone()
             groups = [tuple(members) for members in members_of(into)]
             fitted = {members: fitted.get(members) or self._fit(members) for members in groups}
             for members, (_, shares) in fitted.items():
