@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moecompress.calibrate.capture import Capture, Enough, recording, route
+from moecompress.calibrate.merging import merge
 from moecompress.calibrate.moments import chunk_size, entering_down, expert_moments
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.calibrate.original import Original
@@ -141,10 +142,12 @@ def _nothing_done() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shared:
-    """Whose matrices serve each of a layer's E experts. into: int64 [E], -1: nobody's; factor: float32 [E] of their output."""
+    """Whose matrices serve each of a layer's E experts. into: int64 [E], -1: nobody's; factor: float32 [E] of their output.
+    merged: are they refitted to serve all?"""
 
     into: torch.Tensor
     factor: torch.Tensor
+    merged: bool = False
 
     def apply(self, capture: Capture) -> Capture:
         """What the experts that are left are given; E: nobody is."""
@@ -196,6 +199,8 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
         numbers = kept or list(range(moe.layout.experts))
         left = {p: [every[e] for e in numbers] for p, every in schemes.items()}
         if shared is not None:
+            if shared.merged:  # while all experts, and the tokens of each, are at hand
+                merge(opened.model.get_submodule(moe.module), moe.layout, capture, shared.into, shared.factor)
             capture = shared.apply(capture)
         tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, shared, before))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)

@@ -33,13 +33,14 @@ from moecompress.job import make_job as make_job
 from moecompress.model.anatomy import Anatomy
 from moecompress.model.checkpoint import copy_companions, read_config, write_index, write_text
 from moecompress.model.walk import OpenModel
-from moecompress.pack.manifest import FOLDER, expert_bytes, fates
+from moecompress.pack.manifest import FOLDER, expert_bytes, fates, left_out
 from moecompress.pack.scheme import Scheme
 from moecompress.plans import (
     by_layer,
     fixed_bytes,
     gone_experts,
     may_drop,
+    merged_by,
     plan_and_others,
     refuse_no_target,
     routed_again,
@@ -195,8 +196,9 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "schemes": done["schemes"],
         "dropped": {str(layer): gone for layer, gone in gone_experts(schemes).items()},
         "shared": {expert: list(by) for expert, by in sorted(chosen.shared.items())},
+        "left_out": left_out(gone_experts(schemes), chosen.shared, merged_by(chosen)),
         "dictionary": against_entropy(opened.anatomy, done["archived"]),
-        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(schemes), done["changed"]),
+        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(schemes), done["changed"], merged_by(chosen)),
     }  # fmt: skip
 
 

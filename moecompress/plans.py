@@ -127,10 +127,11 @@ def ladder_of(statistics: Statistics) -> Ladder:
         found = layer.thinning
         assert found is not None
         ladder[index] = []
-        for into, share, again, error, growth in zip(*vars(found).values(), strict=True):
+        for into, share, again, error, growth, merged in zip(*vars(found).values(), strict=True):
             gone = (into != torch.arange(len(into))).nonzero().flatten()
             serving = zip(into[gone].tolist(), share[gone].tolist(), strict=True)
-            ladder[index].append(Level(tuple(gone.tolist()), float(error) * layer.nats, growth.numpy(), () if again else tuple(serving)))
+            ladder[index].append(Level(tuple(gone.tolist()), float(error) * layer.nats, growth.numpy(), () if again else tuple(serving),
+                                       bool(merged)))  # fmt: skip
     return ladder
 
 
@@ -188,8 +189,18 @@ def shared_by(anatomy: Anatomy, chosen: Plan) -> dict[int, Shared]:
     for name, (by, factor) in chosen.shared.items():
         layer, expert = expert_of(name)
         experts = anatomy.moe[layer].layout.experts
-        one = found.setdefault(layer, Shared(torch.arange(experts), torch.ones(experts)))
+        one = found.setdefault(layer, Shared(torch.arange(experts), torch.ones(experts), layer in chosen.merged))
         one.into[expert], one.factor[expert] = by, factor
+    return found
+
+
+def merged_by(chosen: Plan) -> dict[int, dict[int, int]]:
+    """Layer -> expert -> the one whose matrices are refitted to serve for it, too."""
+    found: dict[int, dict[int, int]] = {layer: {} for layer in chosen.merged}
+    for name, (by, _) in chosen.shared.items():
+        layer, expert = expert_of(name)
+        if layer in found and by >= 0:
+            found[layer][expert] = by
     return found
 
 

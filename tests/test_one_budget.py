@@ -15,6 +15,7 @@ from test_pipeline import job_of, weight_bytes
 from transformers import AutoModelForCausalLM
 
 from moecompress import pipeline, plans
+from moecompress.allocate.joint import Level
 from moecompress.allocate.plan import Plan
 from moecompress.errors import UserError
 from moecompress.export.dense import export
@@ -27,13 +28,17 @@ pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 WIDE = "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}, {bits: 4, group: 0}]"
 
 
+def way_of(level: Level) -> str:
+    return "merged" if level.merged else "shared" if level.shared else "again"
+
+
 @contextmanager
 def only(way: str) -> Iterator[None]:
-    """Let the allocator leave experts out in one way: tokens are routed "again", or other experts are "shared"."""
+    """Let the allocator leave experts out in one way: tokens are routed "again", or other experts are "shared", or "merged"."""
     whole = plans.ladder_of
 
     def ladder_of(statistics):
-        return {layer: [level for level in levels if not level.gone or bool(level.shared) == (way == "shared")]
+        return {layer: [level for level in levels if not level.gone or way_of(level) == way]
                 for layer, levels in whole(statistics).items()}  # fmt: skip
 
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +46,7 @@ def only(way: str) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["again", "shared"])
+@pytest.fixture(scope="module", params=["again", "shared", "merged"])
 def thinned(request, tiny_model: Path, text_file: Path, tmp_path_factory) -> Path:
     """The tiny model, 8 experts a layer, at 1.7 bits, which two-bit codes alone cannot reach."""
     folder = tmp_path_factory.mktemp("thinned") / request.param
@@ -68,13 +73,24 @@ def test_what_was_dropped_is_written_down(thinned, tiny_model):
             layer = f"model.layers.{int(name[1:3])}.mlp.experts.packed"
             assert int(roundtrip.stored(thinned)[f"{layer}.into"][int(name[5:])]) == by
             assert (int(name[1:3]), by) not in gone and (by >= 0 or factor == 0)
+    merged = set(plan.merged)
+    assert merged == ({layer for layer, _ in gone} if thinned.name == "merged" else set())
+    for layer, expert in gone:
+        word, (by, _) = manifest["left_out"][str(layer)][str(expert)], plan.shared.get(f"L{layer:02d}.E{expert:03d}", (-1, 0))
+        assert word == {"again": "dropped, its tokens are routed again", "merged": f"merged into expert {by}"}.get(thinned.name, word)
+        assert thinned.name != "shared" or word.startswith(f"served by expert {by}, times ")
     stored, original = roundtrip.stored(thinned), roundtrip.stored(tiny_model)
     for name, fate in manifest["tensors"].items():
         if ".experts." in name:
             layer, expert = (int(part) for part in name.split(".") if part.isdigit())
-            assert (fate["fate"] == "dropped by plan") == ((layer, expert) in gone)
+            into = plan.shared.get(f"L{layer:02d}.E{expert:03d}", (-1, 0))[0]
+            words = {"merged": f"merged into expert {into}"}
+            assert fate["fate"] == (words.get(thinned.name, "dropped by plan") if (layer, expert) in gone else "quantized")
+            served = [e for e in range(8) if plan.shared.get(f"L{layer:02d}.E{e:03d}", (-1, 0))[0] == expert]
+            refitted = served and layer in merged and ".down_proj." in name
+            assert fate.get("refitted") == ({str(expert): served} if refitted else None)
         if name.endswith("mlp.gate.weight") and (experts := manifest["dropped"].get(name.split(".")[2])):
-            kept = [e for e in range(8) if e not in experts or thinned.name == "shared"]
+            kept = [e for e in range(8) if e not in experts or thinned.name != "again"]
             assert fate["fate"] == ("sliced" if thinned.name == "again" else "kept") and torch.equal(stored[name], original[name][kept])
     assert set(manifest["tensors"]) == set(original)
 
@@ -117,7 +133,7 @@ def test_what_does_not_fit_is_refused(thinned, tmp_path):
 
     copy = tmp_path / "copy"
     shutil.copytree(thinned, copy)
-    if thinned.name == "shared":
+    if thinned.name != "again":
         for path in copy.glob("*.safetensors"):
             tensors = load_file(path)
             for key in [key for key in tensors if key.endswith("packed.into")]:
@@ -186,17 +202,126 @@ def test_guard_names_the_layer(tiny_model, text_file, tmp_path):
     assert result.folder.exists()
 
 
-@pytest.mark.parametrize("way", ["again", "shared"])
+@pytest.mark.parametrize("way", ["again", "shared", "merged"])
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "glm4_moe", "qwen3_vl_moe", "granitemoe"])
 def test_family(family: str, way: str, tmp_path: Path) -> None:
     trip = roundtrip.start(family, tmp_path)
     recipe = roundtrip._recipe("target.bits=2.1", "allocate.drop=true", "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}]")
     with only(way):
         result = pipeline.quantize(pipeline.make_job(str(trip.source), recipe, tokens=trip.tokens), trip.packed)
-    assert result.plan.dropped and bool(result.plan.shared) == (way == "shared")
+    assert result.plan.dropped and bool(result.plan.shared) == (way != "again") and bool(result.plan.merged) == (way == "merged")
     logits = roundtrip.plain(roundtrip.load(trip.head, trip.packed), trip.ids)
     again = OpenModel(trip.packed, torch.float32, prepare=loading.prepare(trip.packed))
     roundtrip.assert_close(roundtrip.walked(again, trip.ids), logits, "walk of the packed model")
-    if way == "shared":
+    if way != "again":
         roundtrip.exports(trip, logits)
     assert 1e-3 < roundtrip.difference(logits, trip.logits) < 1
+
+
+# --- merged ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_model: Path, text_file: Path, tmp_path_factory) -> Path:
+    """The tiny model merged at 14 bits with nothing rounded: every layer must do without an expert or more."""
+    folder = tmp_path_factory.mktemp("exact") / "out"
+    with only("merged"):
+        pipeline.quantize(exact_job(tiny_model, text_file), folder)
+    return folder
+
+
+def exact_job(model: Path, text: Path) -> pipeline.Job:
+    return job_of(model, text, "target.bits=12", "allocate.candidates=[{bits: 16}]", "allocate.drop=true", "quantize.attention_bits=16",
+                  "compute.dtype=float32")  # fmt: skip
+
+
+@torch.no_grad()
+def test_merged_weights_put_in_by_hand(exact, tiny_model, text_file):
+    """The original in plain transformers, layer after layer on what the merged layers before deliver, refitted in float64."""
+    job, plan = exact_job(tiny_model, text_file), Plan.from_json((exact / "moecompress" / "plan.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    assert plan.merged
+    for layer in range(3):
+        module = model.model.layers[layer].mlp.experts
+        seen: list[tuple[torch.Tensor, ...]] = []
+        hook = module.register_forward_pre_hook(lambda _, given, into=seen: into.append(given))
+        for batch in job.calibration.batches:
+            model(batch)
+        hook.remove()
+        hidden, chosen, weights = (torch.cat(parts).double() for parts in zip(*seen, strict=True))
+        gate, up = module.gate_up_proj.double().chunk(2, dim=1)
+        old = module.down_proj.double()
+        served = {int(name[5:]): by for name, by in plan.shared.items() if int(name[1:3]) == layer}
+        for head in {by for by, _ in served.values()}:
+            rows, wanted = [], []
+            for expert, factor in [(head, 1.0), *((e, factor) for e, (by, factor) in served.items() if by == head)]:
+                token, place = (chosen == expert).nonzero(as_tuple=True)
+                x, g = hidden[token], weights[token, place][:, None]
+                inner = lambda e: torch.nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)  # noqa: B023, E731
+                rows.append(factor * g * inner(head))
+                wanted.append(g * inner(expert) @ old[expert].T - rows[-1] @ old[head].T)
+            a, y = torch.cat(rows), torch.cat(wanted)
+            ridge = a.square().sum() / len(a) * torch.eye(a.shape[1])
+            new = old[head] + torch.linalg.solve(a.T @ a + ridge, a.T @ y).T
+            module.down_proj[head] = new.bfloat16()
+        for expert, (head, factor) in served.items():
+            module.gate_up_proj[expert] = module.gate_up_proj[head]
+            module.down_proj[expert] = factor * module.down_proj[head]
+    ids = torch.arange(24)[None]
+    packed = roundtrip.load(AutoModelForCausalLM, exact)
+    original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    by_hand = roundtrip.plain(model, ids)
+    assert roundtrip.difference(roundtrip.plain(original, ids), by_hand) > 0.02
+    roundtrip.assert_close(roundtrip.plain(packed, ids), by_hand, "merged by hand", 3e-3)
+
+
+def test_merging_goes_on_where_it_stopped(exact, tiny_model, text_file, tmp_path, monkeypatch):
+    """Stopped behind the first layer, the second run does the others and ends with the same bytes."""
+    from moecompress import compress
+
+    calls, whole = [], compress.merge
+
+    def stopping(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        whole(*given)
+
+    monkeypatch.setattr(compress, "merge", stopping)
+    with only("merged"):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(exact_job(tiny_model, text_file), tmp_path / "out")
+        pipeline.quantize(exact_job(tiny_model, text_file), tmp_path / "out")
+    assert len(calls) == 2 + len(Plan.from_json((exact / "moecompress" / "plan.json").read_text()).merged) - 1
+    for path in exact.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_inspect_and_report_name_them(exact, tmp_path, moecompress):
+    ran = moecompress("inspect", exact, "--json")
+    left_out = read_manifest(exact)["left_out"]
+    assert ran.json()["left_out"] == left_out and left_out
+    expert, word = next(iter(left_out["0"].items()))
+    assert f"expert {expert} {word}" in moecompress("inspect", exact).out.replace("\n", " ")
+    ran = moecompress("report", exact, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert ran.code == 0 and f"{expert} {word}" in page and "merged into another expert" in page
+
+
+def test_statistics_without_merging_are_made_again(exact, tiny_model, text_file, tmp_path):
+    """Those that an older version left behind say less; they are read, but not planned with."""
+    import shutil
+
+    from moecompress.calibrate.statistics import Statistics
+
+    folder = tmp_path / "calibrate"
+    shutil.copytree(exact / "moecompress", folder)
+    kept = pipeline.calibrate(exact_job(tiny_model, text_file), folder)
+    path = folder / "statistics.safetensors"
+    before = path.stat().st_mtime_ns
+    assert kept.thinned and all(layer.thinning.merged.any() for layer in kept.layers.values())
+    pipeline.calibrate(exact_job(tiny_model, text_file), folder)
+    assert path.stat().st_mtime_ns == before
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("thinning.merged")}, path)
+    assert not Statistics.load(folder).thinned
+    assert pipeline.calibrate(exact_job(tiny_model, text_file), folder).thinned and Statistics.load(folder).thinned

@@ -32,12 +32,13 @@ class Level:
     """One way to thin out a layer of E experts. gone: experts that are left out.
     harm: predicted harm of that, in the unit of the plan's. growth: float64 [E], by what the harm of rounding an expert grows,
     since it serves more tokens then. shared: of each that is gone, the expert whose output takes its place and with what
-    factor (-1: nobody's); empty where tokens are routed again."""
+    factor (-1: nobody's); empty where tokens are routed again. merged: are those who serve for others refitted to it?"""
 
     gone: tuple[int, ...]
     harm: float
     growth: np.ndarray
     shared: tuple[tuple[int, float], ...] = ()
+    merged: bool = False
 
 
 #: Layer -> its levels, the first of which leaves nothing out.
@@ -62,6 +63,9 @@ def joint_plan(units: Sequence[Unit], candidates: Sequence[Candidate], harm: np.
     price, harm = stored_bytes_and_harm(units, candidates, harm)
     rungs = _rungs(units, harm, ladder)
     levels, bound = best_levels(price, rungs, budget_bytes)
+    simple = _without_merging(price, rungs, ladder, budget_bytes)
+    if simple is not None:  # the search is not exact: a wider choice must not end with a worse one
+        levels = min(levels, simple, key=lambda one: _harm(price, rungs, one, budget_bytes))
     variables = price.shape[1] * sum(len(rung.left) for options in rungs.values() for rung in options)
     if settings.solver == "milp" and settings.granularity == "expert" and variables <= _EXACT:
         found = exact_levels(price, rungs, budget_bytes)
@@ -112,6 +116,18 @@ def best_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_
         if improved:
             best, value = nearest, harm_of(nearest)
     return best, bound
+
+
+def _without_merging(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], ladder: Ladder, budget_bytes: int) -> tuple[int, ...] | None:
+    """The best levels in which nothing is merged; None where that is no other question, or none fits."""
+    allowed = {layer: [n for n, level in enumerate(ladder[layer]) if not level.merged] for layer in rungs}
+    if all(len(allowed[layer]) == len(rungs[layer]) for layer in rungs):
+        return None
+    try:
+        levels, _ = best_levels(price, {layer: [rungs[layer][n] for n in allowed[layer]] for layer in rungs}, budget_bytes)
+    except UserError:
+        return None
+    return tuple(allowed[layer][level] for layer, level in zip(rungs, levels, strict=True))
 
 
 def exact_levels(price: np.ndarray, rungs: Mapping[int, Sequence[_Rung]], budget_bytes: int, gap: float = 1e-4,
@@ -221,4 +237,5 @@ def _with_dropped(kept: Plan, units: Sequence[Unit], left: np.ndarray, chosen: M
         return kept
     shared = {f"L{layer:02d}.E{expert:03d}": by for layer, level in chosen.items()
               for expert, by in zip(level.gone, level.shared, strict=False)}  # fmt: skip
-    return replace(kept, choices=choices, candidates=(*kept.candidates, DROPPED.name), controls={}, shared=shared)
+    merged = tuple(layer for layer, level in chosen.items() if level.merged and level.gone)
+    return replace(kept, choices=choices, candidates=(*kept.candidates, DROPPED.name), controls={}, shared=shared, merged=merged)

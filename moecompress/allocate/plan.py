@@ -52,7 +52,8 @@ class Plan:
     ``target_bytes``: what the expert matrices may weigh. ``lower_bound``: no plan of this granularity within the target
     has less predicted harm, None where the allocator minimises something else; ``gap``: the part of ``harm`` that
     lies above it. ``shared``: dropped expert ("L07.E031") -> the expert of the layer whose output, times a factor, takes its
-    place (-1: none does); in other layers tokens that had chosen dropped experts are routed again.
+    place (-1: none does); in other layers tokens that had chosen dropped experts are routed again. ``merged``: layers in which
+    those who serve for others are refitted to do so (calibrate/merging.py).
     """
 
     allocator: str
@@ -65,6 +66,7 @@ class Plan:
     gap: float | None = None
     controls: Mapping[str, Control] = field(default_factory=dict)
     shared: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    merged: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -114,7 +116,7 @@ class Plan:
             "gap": self.gap,
             "candidates": list(self.candidates),
             "controls": {name: dataclasses.asdict(control) for name, control in self.controls.items()},
-        } | ({"shared": self.shared} if self.shared else {})
+        } | ({"shared": self.shared} if self.shared else {}) | ({"merged": list(self.merged)} if self.merged else {})
         lines = ",\n".join(
             f"    {json.dumps(choice.unit)}: "
             + json.dumps({k: v for k, v in dataclasses.asdict(choice).items() if k != "unit"})
@@ -137,6 +139,7 @@ class Plan:
                 gap=record["gap"],
                 controls={name: Control(**control) for name, control in record["controls"].items()},
                 shared={expert: (int(by), float(factor)) for expert, (by, factor) in record.get("shared", {}).items()},
+                merged=tuple(int(layer) for layer in record.get("merged", ())),
             )
             total = record["bytes"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:

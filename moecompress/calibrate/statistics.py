@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ class Thinning:
     into: int64 [n, E] who serves the tokens that chose an expert: itself; another one, whose output times share [n, E]
     stands for the expert's; -1: nobody, or, where again (bool [n]), those that the router chooses without it. error:
     float64 [n] squared error of the layer's expert output, summed over the calibration tokens. growth: float64 [n, E] by
-    what Σ g² of an expert grows.
+    what Σ g² of an expert grows. merged: bool [n], are those who serve for others refitted to it (merging.py)?
     """
 
     into: torch.Tensor
@@ -40,6 +40,7 @@ class Thinning:
     again: torch.Tensor
     error: torch.Tensor
     growth: torch.Tensor
+    merged: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,6 @@ class Statistics:
 
 
 def thinning_of(tensors: Mapping[str, torch.Tensor], prefix: str = "thinning.") -> Thinning | None:
-    """From the tensors whose names begin with ``prefix``, if there are any."""
+    """From the tensors whose names begin with ``prefix``; None where some are missing: nothing, or not all ways, was measured."""
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return Thinning(**found) if found else None
+    return Thinning(**found) if found.keys() == {field.name for field in fields(Thinning)} else None

@@ -53,6 +53,7 @@ def describe(model: str, trust_remote_code: bool = False) -> dict:
     from moecompress.allocate.candidates import Candidate
     from moecompress.model.checkpoint import resolve
     from moecompress.model.walk import OpenModel
+    from moecompress.pack.manifest import FOLDER, MANIFEST, read_manifest
     from moecompress.runtime.loading import is_packed, prepare
 
     folder = resolve(model)
@@ -88,6 +89,7 @@ def describe(model: str, trust_remote_code: bool = False) -> dict:
         "bytes_by_role": roles,
         "widths": widths,
         "compressed": is_packed(folder),
+        "left_out": read_manifest(folder).get("left_out", {}) if (folder / FOLDER / MANIFEST).exists() else {},
     }
 
 
@@ -103,6 +105,8 @@ def _print(record: dict) -> None:
     for role, size in record["bytes_by_role"].items():
         roles.add_row(role, size_text(size), f"{size / record['total_bytes']:.1%}")
     out.print(roles)
+    for layer, experts in record["left_out"].items():
+        out.print(f"layer {layer}: " + "; ".join(f"expert {expert} {word}" for expert, word in experts.items()))
     if record["compressed"]:
         return
     widths = Table("experts stored as", "bits per weight", "experts", "whole model, rest as it is")

@@ -133,3 +133,18 @@ def activate(module: nn.Module, layout: ExpertsLayout, gate: torch.Tensor | None
         bias = module.gate_up_proj_bias if layout.gated else module.up_proj_bias
         both = both + bias[expert].to(both.dtype)
     return module._apply_gate(both) if layout.gated else module.act_fn(both)
+
+
+def inner(module: nn.Module, layout: ExpertsLayout, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """What enters down: x [T, d] -> float32 [T, m], by the module's own activation and biases."""
+    weights = projections(module, layout)
+    gate = x.float() @ weights[GATE][expert].float().T if layout.gated else None
+    return activate(module, layout, gate, x.float() @ weights[UP][expert].float().T, expert).float()
+
+
+def output(module: nn.Module, layout: ExpertsLayout, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """F_e(x), without combine weight: x [T, d] -> float32 [T, d]."""
+    result = inner(module, layout, x, expert) @ projections(module, layout)[DOWN][expert].float().T
+    if getattr(module, "has_bias", False):
+        result = result + module.down_proj_bias[expert].float()
+    return result

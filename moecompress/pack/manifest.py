@@ -24,19 +24,24 @@ DROPPED = "dropped by plan"
 
 
 def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Sequence[int]] | None = None,
-          changed: Collection[str] = ()) -> dict[str, dict[str, Any]]:  # fmt: skip
+          changed: Collection[str] = (), merged: Mapping[int, Mapping[int, int]] | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection).
-    ``dropped``: layer -> experts that were left out; ``changed``: parameters that follow them."""
+    ``dropped``: layer -> experts that were left out; ``changed``: parameters that follow them; ``merged``: layer -> expert ->
+    the one whose down matrix was refitted to serve for it, too."""
     result: dict[str, dict[str, Any]] = {}
     for info in anatomy.tensors:
         fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes}
         if info.role == EXPERT:
             module = info.target.rpartition(".")[0]
             own = re.search(r"experts\.(\d+)\.", info.name)  # else all experts of the layer are in one tensor
+            into = (merged or {}).get(info.layer or 0, {})
             if own and int(own[1]) in (dropped or {}).get(info.layer or 0, ()):
-                fate["fate"] = DROPPED
+                fate["fate"] = merged_into(into[int(own[1])]) if int(own[1]) in into else DROPPED
             else:
                 fate |= {"fate": "quantized", "into": f"{module}.packed"}
+                if info.target.endswith(".down_proj") and (not own or int(own[1]) in into.values()):
+                    fate |= {"refitted": {str(by): [e for e in into if into[e] == by] for by in sorted(set(into.values()))
+                                          if not own or int(own[1]) == by}} if into else {}  # fmt: skip
         elif info.target in changed:
             fate["fate"] = "sliced" if info.role == ROUTER else "of the experts left"
         elif (linear := info.target.removesuffix(".weight")) in schemes:
@@ -45,6 +50,25 @@ def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Seque
             fate["fate"] = "kept"
         result[info.name] = fate
     return result
+
+
+def merged_into(expert: int) -> str:
+    return f"merged into expert {expert}"
+
+
+def left_out(gone: Mapping[int, Sequence[int]], shared: Mapping[str, tuple[int, float]], merged: Mapping[int, Mapping[int, int]]
+             ) -> dict[str, dict[str, str]]:  # fmt: skip
+    """Layer -> expert that has no matrices -> what becomes of its tokens, in words. shared: as of a plan; others as of `fates`."""
+
+    def word(layer: int, expert: int) -> str:
+        by, factor = shared.get(f"L{layer:02d}.E{expert:03d}", (None, 0.0))
+        if by is None:
+            return "dropped, its tokens are routed again"
+        if by < 0:
+            return "dropped, nobody serves its tokens"
+        return merged_into(by) if expert in merged.get(layer, {}) else f"served by expert {by}, times {factor:.3g}"
+
+    return {str(layer): {str(expert): word(layer, expert) for expert in experts} for layer, experts in gone.items()}
 
 
 def fates_through(anatomy: Anatomy, steps: Sequence[dict[str, dict[str, Any]]], last: dict[str, dict[str, Any]] | None = None

@@ -50,6 +50,7 @@ def content(records: Records) -> dict[str, Any]:
         "sizes": totals(records),
         "evaluations": records.evaluations,
         "fates": fates_by_role(records),
+        "left_out": manifest.get("left_out", {}),
         "unreached": experts_by_layer(manifest["unreached_experts"]),
         "pictures": {name: plots.data_uri(svg) for name, svg in pictures.items()},
     }

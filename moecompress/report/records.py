@@ -81,7 +81,7 @@ def fates_by_role(records: Records) -> list[dict[str, Any]]:
     """One row for each (role, fate) of the input's tensors, the heaviest first: how many, bytes before and after."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for tensor in records.manifest["tensors"].values():
-        key = tensor["role"], tensor["fate"]
+        key = tensor["role"], re.sub(r" expert \d+$", " another expert", tensor["fate"])
         empty = {"role": key[0], "fate": key[1], "count": 0, "before": 0, "after": 0, "schemes": set()}
         row = rows.setdefault(key, empty)
         row["count"] += 1

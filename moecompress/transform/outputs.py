@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from moecompress.calibrate.capture import Capture, Routed, spread
-from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, parameters_from, projections
+from moecompress.model.experts import ExpertsLayout, parameters_from, projections
+from moecompress.model.experts import inner as inner
+from moecompress.model.experts import output as output
 from moecompress.transform.regroup import DOWN_BIAS, GATE_BIAS, UP_BIAS
 
 #: Tokens that are computed at once.
@@ -42,21 +44,6 @@ def stored(weights: Mapping[str, torch.Tensor], layout: ExpertsLayout) -> dict[s
         parameters["up_proj_bias"] = weights[UP_BIAS]
     parameters["down_proj_bias"] = weights[DOWN_BIAS]
     return parameters
-
-
-def inner(module: nn.Module, layout: ExpertsLayout, x: torch.Tensor, expert: int) -> torch.Tensor:
-    """What enters down: x [T, d] -> float32 [T, m], by the module's own activation and biases."""
-    weights = projections(module, layout)
-    gate = x.float() @ weights[GATE][expert].float().T if layout.gated else None
-    return activate(module, layout, gate, x.float() @ weights[UP][expert].float().T, expert).float()
-
-
-def output(module: nn.Module, layout: ExpertsLayout, x: torch.Tensor, expert: int) -> torch.Tensor:
-    """F_e(x), without combine weight: x [T, d] -> float32 [T, d]."""
-    result = inner(module, layout, x, expert) @ projections(module, layout)[DOWN][expert].float().T
-    if getattr(module, "has_bias", False):
-        result = result + module.down_proj_bias[expert].float()
-    return result
 
 
 def output_norms(module: nn.Module, layout: ExpertsLayout, capture: Capture, routed: Routed) -> torch.Tensor:

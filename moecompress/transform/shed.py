@@ -5,19 +5,22 @@ Unlike the steps of stage.py, nothing is decided here, and every layer may end u
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from moecompress.calibrate.capture import Capture
+from moecompress.calibrate.capture import Capture, route
+from moecompress.calibrate.merging import Group, members_of
 from moecompress.calibrate.statistics import PRIOR_MASS, Thinning
 from moecompress.errors import UserError
 from moecompress.model.anatomy import EXPERT, MoELayer
-from moecompress.model.experts import ExpertsLayout
+from moecompress.model.experts import DOWN, ExpertsLayout, projections
 from moecompress.model.walk import OpenModel
 from moecompress.transform.outputs import mean_outputs, output, sample
 from moecompress.transform.routing import Combine, find_combine
@@ -27,6 +30,8 @@ from moecompress.transform.shrink import EXPERTS, experts_of, groups_of, shrink
 LEVELS, TOKENS = 16, 2048
 #: How many other experts are tried in an expert's place, and on how many tokens.
 NEAREST, PAIR_TOKENS = 8, 256
+#: Pairs of token and expert that a group of merged experts is fitted on here.
+FIT_PAIRS = 2048
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,15 @@ def slicing(opened: OpenModel, trust_remote_code: bool = False) -> Slicing:
 
 
 def thinning(ways: Slicing | None, opened: OpenModel, moe: MoELayer, capture: Capture) -> Thinning:
-    """Leave out experts of a layer, a sixteenth after the other, and measure what remains of its output, in two ways.
+    """Leave out experts of a layer, a sixteenth after the other, and measure what remains of its output, in three ways.
 
     *Again*: their tokens are routed again among the experts that are left (NAEE, arXiv:2402.14800, eq. 4). Only where the
     router follows a known rule and the family can have fewer experts (``ways``).
     *Shared*: the router stays as it is; an expert that stays serves their tokens, too, its output scaled to what is nearest
     to theirs (as M-SMoE, arXiv:2310.01334, leaves its router, but without averaging weights: outputs of trained experts
     are too far apart).
+    *Merged*: as before, but what is linear in the expert that stays, its down matrix, is refitted to the outputs of all that
+    it serves for (calibrate/merging.py), at the price that it serves its own tokens less well.
     """
     module, layout = opened.model.get_submodule(moe.module), moe.layout
     shedding = _Shedding(module, layout, capture)
@@ -73,6 +80,8 @@ def thinning(ways: Slicing | None, opened: OpenModel, moe: MoELayer, capture: Ca
         with suppress(UserError):
             found += shedding.again(find_combine(capture, biases))
     found += shedding.shared()
+    if not getattr(module, "has_post_expert_norm", False):  # else outputs are not linear in down
+        found += shedding.merged()
     columns = zip(*(vars(way).values() for way in found), strict=True)
     return Thinning(*(torch.stack([torch.as_tensor(value) for value in column]) for column in columns))
 
@@ -86,6 +95,7 @@ class _Way:
     again: bool
     error: torch.Tensor
     growth: torch.Tensor
+    merged: bool = False
 
 
 class _Shedding:
@@ -97,6 +107,9 @@ class _Shedding:
         self.hidden, self.chosen, self.weights = (part[tokens] for part in (capture.hidden, capture.chosen, capture.weights))
         self.logits = None if capture.router_logits is None else capture.router_logits[tokens]
         self.scale = int(capture.keep.sum()) / max(1, len(tokens))
+        # Merged experts are fitted on the others, if there are enough.
+        self.others = replace(capture, keep=capture.keep.index_fill(0, tokens, False)) if self.scale > 2 else capture
+        self.routed = route(self.others, self.experts)
         self.least = capture.chosen.shape[1] + 1
         self.whole = self._outputs(self.chosen, self.weights)
         self.energy = self._energy()
@@ -144,12 +157,19 @@ class _Shedding:
     # --- shared -----------------------------------------------------------------------------------------------------
 
     def shared(self) -> list[_Way]:
-        """The next to go is the one with which the least energy is lost in all, everyone who is gone being served by the nearest
-        expert that is left."""
-        gain, factor = self._near()
+        """Everyone who is gone is served by the nearest expert that is left, scaled."""
+        return [self._way(into, share, False, *self._served(into, share)) for into, share in self._near_groups]
+
+    @cached_property
+    def _near_groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return self._assigned(*self._near())
+
+    def _assigned(self, gain: torch.Tensor, factor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Into and share (see `Thinning`) of every level: the next to go is the one with which the least energy is lost in all,
+        everyone who is gone being served by the expert left with the largest gain. gain, factor: as of `_near`."""
         worth = (self.mass + self.prior) * self.energy
         gone: list[int] = []
-        ways = []
+        found = []
         for count in self.steps:
             while len(gone) < count:
                 left = sorted(set(range(self.experts)) - set(gone))
@@ -160,9 +180,12 @@ class _Shedding:
             stays = torch.ones(self.experts, dtype=torch.bool)
             stays[gone] = False
             into[stays], share[stays] = torch.arange(self.experts)[stays], 1
-            chosen, weights = into[self.chosen], self.weights * share[self.chosen].to(self.weights.dtype)
-            ways.append(self._way(into, share, False, chosen.clamp_min(0), weights))
-        return ways
+            found.append((into, share))
+        return found
+
+    def _served(self, into: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the experts are given then: chosen and weights [T, k]."""
+        return into[self.chosen].clamp_min(0), self.weights * share[self.chosen].to(self.weights.dtype)
 
     def _near(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [E, E]: the part of an expert's weighted energy that another's scaled output explains (0 where that was not
@@ -187,14 +210,44 @@ class _Shedding:
                     gain[expert, other] = both**2 / (norm * float(own.square().sum().clamp_min(1e-30)))
         return gain, factor
 
+    # --- merged -----------------------------------------------------------------------------------------------------
+
+    def merged(self) -> list[_Way]:
+        """Groups as of `shared`. Every group of a level that the level before did not have is fitted, on tokens that the error is
+        not measured on: twice min(m, pairs)³ / 3 + pairs · m · min(m, pairs) products."""
+        ways = []
+        fitted: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        for into, share in self._near_groups:
+            share = share.clone()
+            groups = [tuple(members) for members in members_of(into)]
+            fitted = {members: fitted.get(members) or self._fit(members) for members in groups}
+            for members, (_, shares) in fitted.items():
+                share[list(members)] = shares
+            with _replaced(self.down, {members[0]: down for members, (down, _) in fitted.items()}):
+                ways.append(self._way(into, share, False, *self._served(into, share), merged=True))
+        return ways
+
+    def _fit(self, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first member's refitted down, and the share of each."""
+        group = Group.of(self.module, self.layout, self.others.hidden, self.routed, members, FIT_PAIRS)
+        down = self.down[members[0]]
+        share = group.shares(group.fitted(down, torch.ones(len(members))))
+        return group.fitted(down, share).to(down.dtype), share
+
+    @property
+    def down(self) -> torch.Tensor:
+        return projections(self.module, self.layout)[DOWN]
+
     # --- means ------------------------------------------------------------------------------------------------------
 
-    def _way(self, into: torch.Tensor, share: torch.Tensor, again: bool, chosen: torch.Tensor, weights: torch.Tensor) -> _Way:
+    def _way(self, into: torch.Tensor, share: torch.Tensor, again: bool, chosen: torch.Tensor, weights: torch.Tensor,
+             merged: bool = False) -> _Way:  # fmt: skip
         """``chosen``, ``weights``: what the experts are given then."""
         gone = into != torch.arange(self.experts)
         lost = (self._outputs(chosen, weights) - self.whole).square().sum() + self.prior * self.energy[gone].sum()
         growth = (self._mass(chosen, weights) + self.prior) / (self.mass + self.prior)
-        return _Way(into, share.double(), again, lost * self.scale if gone.any() else torch.zeros((), dtype=torch.float64), growth)
+        lost = lost * self.scale if gone.any() else torch.zeros((), dtype=torch.float64)
+        return _Way(into, share.double(), again, lost, growth, merged)
 
     def _outputs(self, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self.module(self.hidden, chosen, weights.to(self.hidden.dtype)).double()
@@ -213,6 +266,19 @@ class _Shedding:
 
     def _mass(self, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._dense(chosen, weights).square().sum(0)
+
+
+@contextmanager
+def _replaced(tensor: torch.Tensor, parts: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """Inside, rows of ``tensor`` are others."""
+    before = {index: tensor[index].clone() for index in parts}
+    try:
+        for index, part in parts.items():
+            tensor[index] = part
+        yield
+    finally:
+        for index, part in before.items():
+            tensor[index] = part
 
 
 def _best(gain: torch.Tensor, gone: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -95,6 +96,26 @@ def test_never_worse_than_without_levels() -> None:
             joint = joint_plan(units, CANDIDATES, harm, ladder, budget, DEFAULT)
             assert joint.harm <= make_plan(units, CANDIDATES, harm, budget, DEFAULT).harm * (1 + 1e-9)
             assert joint.lower_bound <= joint.harm <= 1.05 * joint.lower_bound  # so few and large steps leave a gap
+
+
+def test_never_worse_with_merging_than_without() -> None:
+    """Merged levels leave out what shared ones do, with another harm and growth; plans say which they took."""
+    taken = 0
+    for seed in range(4):
+        rng = np.random.default_rng(100 + seed)
+        units, harm, ladder = instance(seed, layers=6, experts=5)
+        shared = {layer: [replace(level, shared=tuple((4, 1.0) for _ in level.gone)) for level in levels] for layer, levels in ladder.items()}
+        wide = {layer: levels + [replace(level, harm=level.harm * rng.uniform(0.3, 1.2), growth=level.growth * rng.uniform(0.9, 1.3), merged=True)
+                                 for level in levels[1:]] for layer, levels in shared.items()}  # fmt: skip
+        for share in (0.8, 1.0, 1.3, 2.0):
+            budget = int(share * smallest(units))
+            without = joint_plan(units, CANDIDATES, harm, shared, budget, DEFAULT)
+            plan = joint_plan(units, CANDIDATES, harm, wide, budget, DEFAULT)
+            assert plan.lower_bound <= plan.harm <= without.harm * (1 + 1e-9) and plan.bytes <= budget
+            assert set(plan.merged) <= {int(name[1:3]) for name in plan.shared} and not without.merged
+            assert Plan.from_json(plan.to_json()) == plan
+            taken += len(plan.merged)
+    assert taken
 
 
 def test_impossible_target_is_refused() -> None:

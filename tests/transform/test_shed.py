@@ -10,8 +10,10 @@ from roundtrip import tokens
 from tiny import tiny_checkpoint
 
 from moecompress.calibrate.capture import recording
+from moecompress.calibrate.merging import RIDGE
 from moecompress.calibrate.observe import seam_on
 from moecompress.errors import UserError
+from moecompress.model.experts import DOWN, inner, output, projections
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.runtime.graft import keep_only, sprout
 from moecompress.transform.shed import slicing, thinning
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 def test_predicted_error_is_that_of_the_smaller_layer(family: str, tmp_path: Path) -> None:
     config = tiny_checkpoint(family, tmp_path)
     opened = OpenModel(tmp_path, torch.float32)
-    ways = slicing(opened)
+    smaller = slicing(opened)
     seam_on(opened)
     ids = tokens(config.get_text_config().vocab_size).ids
     with Walk(opened, [ids]) as walk:
@@ -35,24 +37,30 @@ def test_predicted_error_is_that_of_the_smaller_layer(family: str, tmp_path: Pat
             moe = opened.anatomy.moe[layer]
             block, experts = (opened.model.get_submodule(name) for name in (moe.module.rpartition(".")[0], moe.module))
             whole = run(walk, block, experts)
-            found = thinning(ways, opened, moe, whole.capture(torch.ones_like(ids, dtype=torch.bool)))
+            found = thinning(smaller, opened, moe, whole.capture(torch.ones_like(ids, dtype=torch.bool)))
             hidden, chosen, weights = whole.parts[0]
             before = experts(hidden, chosen, weights).double()
-            assert found.again.tolist() == ([False, True, False] if family != "phimoe" else [False, False])  # 4 experts, top 2
+            ways = list(zip(found.again.tolist(), found.merged.tolist(), strict=True))  # 4 experts, top 2: one may go
+            again = [(True, False)] if family != "phimoe" else []
+            assert ways == [(False, False), *again, (False, False), (False, True)]
             one = torch.arange(4)
             assert torch.equal(found.into[0], one) and float(found.error[0]) == 0 and torch.equal(found.growth[0], torch.ones(4).double())
             # Shared: the experts as they are, given other numbers and weights.
-            into, share = found.into[-1], found.share[-1]
+            into, share = found.into[-2], found.share[-2]
             assert ((into != one).sum() == 1) and (share[into == one] == 1).all()
             got = experts(hidden, into.clamp_min(0)[chosen], weights * share[chosen].float()).double()
             silent = experts(hidden, chosen, weights * (into == one)[chosen].float()).double()
             error = float((got - before).square().sum())
-            assert error <= float(found.error[-1]) <= 1.5 * error  # on top comes a share for other texts
+            assert error <= float(found.error[-2]) <= 1.5 * error  # on top comes a share for other texts
             assert error <= float((silent - before).square().sum()) * (1 + 1e-6), "worse than nobody in its place"
+            # Merged: the same group, its serving expert's down matrix from normal equations in float64.
+            assert torch.equal(found.into[-1], into) and found.error[-1] < found.error[-2]
+            merged = by_hand(experts, moe.layout, hidden, chosen, weights, into, found.share[-1])
+            assert float((merged - before).square().sum()) == pytest.approx(float(found.error[-1] - (found.error[-2] - error)), rel=1e-4)
             if not found.again.any():  # its router follows no known rule
                 return
             kept = (found.into[1] >= 0).nonzero().flatten()
-            keep_only(opened.model, moe.module, sprout(opened.model, ways.keys, 3), kept)
+            keep_only(opened.model, moe.module, sprout(opened.model, smaller.keys, 3), kept)
             block, experts = (opened.model.get_submodule(name) for name in (moe.module.rpartition(".")[0], moe.module))
             left = run(walk, block, experts)
             hidden, chosen, weights = left.parts[0]
@@ -63,6 +71,29 @@ def test_predicted_error_is_that_of_the_smaller_layer(family: str, tmp_path: Pat
             prior = 0.05 * old.mean()
             torch.testing.assert_close(found.growth[1, kept], (mass + prior) / (old[kept] + prior), rtol=1e-4, atol=1e-6)
             return
+
+
+def by_hand(experts, layout, hidden, chosen, weights, into, share) -> torch.Tensor:
+    """The layer's output once the expert that serves for another one is merged with it."""
+    gone = int((into != torch.arange(len(into))).nonzero())
+    head = int(into[gone])
+    rows, wanted = [], []
+    for expert in (head, gone):
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        gate = weights[token, place].double()[:, None]
+        a = inner(experts, layout, hidden[token], head).double()
+        served = output(experts, layout, hidden[token], head).double()
+        rows.append(share[expert] * gate * a)
+        wanted.append(gate * (output(experts, layout, hidden[token], expert).double() - share[expert] * served))
+    a, y = torch.cat(rows), torch.cat(wanted)
+    ridge = RIDGE * float(a.square().sum()) / len(a)
+    change = torch.linalg.solve(a.T @ a + ridge * torch.eye(a.shape[1]).double(), a.T @ y).T
+    down = projections(experts, layout)[DOWN][head]
+    old = down.clone()
+    down += change.float()
+    result = experts(hidden, into[chosen], weights * share[chosen].float()).double()
+    down.copy_(old)
+    return result
 
 
 def run(walk: Walk, block, experts):
