@@ -18,11 +18,11 @@ def crowded(chosen: torch.Tensor, experts: int) -> bool:
     return chosen.numel() >= CROWDED * experts and not torch.compiler.is_compiling()
 
 
-def by_expert(module: nn.Module, layout: ExpertsLayout, product: Callable[[str, int, torch.Tensor], torch.Tensor],
+def by_expert(module: nn.Module, layout: ExpertsLayout, product: Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor],
               hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """What the experts ``module`` computes: hidden [T, d], chosen [T, k], weights [T, k] -> [T, d].
 
-    product: (projection, expert, x [S, in]) -> [S, out]. The module's own activation, biases and norms are used as they are.
+    product: (projection, expert, x [S, in], token [S], whose rows these are) -> [S, out]. The module's own activation, biases and norms are used as they are.
     Pairs whose expert is not below E are routing sentinels and add nothing.
     """
     chosen = chosen.reshape(-1)
@@ -34,16 +34,16 @@ def by_expert(module: nn.Module, layout: ExpertsLayout, product: Callable[[str, 
     for expert, end in enumerate(ends.tolist()):
         if end > begin:
             rows = token[begin:end]
-            y = _one(module, layout, product, expert, hidden[rows]) * weight[begin:end]
+            y = _one(module, layout, product, expert, hidden[rows], rows) * weight[begin:end]
             total.index_add_(0, rows, y.float())
         begin = end
     return total.to(hidden.dtype)
 
 
-def _one(module: nn.Module, layout: ExpertsLayout, product: Callable, expert: int, x: torch.Tensor) -> torch.Tensor:
-    gate = product(GATE, expert, x) if layout.gated else None
-    inner = activate(module, layout, gate, product(UP, expert, x), expert)
-    y = product(DOWN, expert, inner.to(x.dtype))
+def _one(module: nn.Module, layout: ExpertsLayout, product: Callable, expert: int, x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    gate = product(GATE, expert, x, token) if layout.gated else None
+    inner = activate(module, layout, gate, product(UP, expert, x, token), expert)
+    y = product(DOWN, expert, inner.to(x.dtype), token)
     if getattr(module, "has_bias", False):
         y = y + module.down_proj_bias[expert].to(y.dtype)
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y

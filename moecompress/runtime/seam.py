@@ -38,7 +38,7 @@ def compute(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weigh
     if hasattr(module, "watcher") and crowded(chosen, module.num_experts):
         layout = layout_of(module)
         stored = projections(module, layout)
-        return by_expert(module, layout, lambda name, expert, x: x @ stored[name][expert].T, hidden, chosen, weights)
+        return by_expert(module, layout, lambda name, expert, x, _: x @ stored[name][expert].T, hidden, chosen, weights)
     return grouped_mm_experts_forward(module, hidden, chosen, weights)
 
 
