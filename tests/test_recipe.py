@@ -75,7 +75,7 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
 
 def test_there_are_recipes() -> None:
     general = {"demo", "balanced-3bit", "small-2bit"}
-    papers = {"mc-moe", "mc-moe-odp", "mc-sharp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "mc-smoe", "qmoe", "modes"}
+    papers = {"mc-moe", "mc-moe-odp", "mc-sharp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "mc-smoe", "molae", "qmoe", "modes"}
     assert general | papers <= {path.stem for path in RECIPES}
     for path in RECIPES:
         if path.stem in papers:

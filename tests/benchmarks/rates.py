@@ -3,7 +3,7 @@
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
-the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out.
+the same code; rows "a+b" gate and up the code a, down b; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out.
 KL and perplexity as `moecompress evaluate` measures them, in float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk:
 calibration passes, rounding, packing, writing.
 """
@@ -11,6 +11,7 @@ calibration passes, rounding, packing, writing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -64,13 +65,15 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
 
     kind, _, bits = method.partition(":")
     # A uniform plan has one candidate; its target only has to be wide enough.
-    names = TRELLIS if bits else [kind]
+    names = TRELLIS if bits else kind.split("+")
     recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={str(kind == 'joint').lower()}",
                           f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
                           "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
     statistics = pipeline.calibrate(job, work / f"calibrate-{kind}")
     chosen, _ = plans.plan(job, statistics)
+    if len(names) == 2 and not bits:
+        chosen = by_projection(chosen, *names)
     start = time.perf_counter()
     record = pipeline.build(job, statistics, chosen, work / "built", "plan")
     seconds = time.perf_counter() - start
@@ -81,12 +84,24 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     return result
 
 
+def by_projection(plan, gate_and_up: str, down: str):
+    """The same plan with one code for gate and up, another one for down."""
+    from moecompress.pack.scheme import Scheme
+
+    names = [down if choice.unit.endswith(".down") else gate_and_up for choice in plan.choices]
+    choices = (dataclasses.replace(choice, candidate=name, bytes=Scheme.parse(name).price(choice.rows, choice.cols))
+               for choice, name in zip(plan.choices, names, strict=True))  # fmt: skip
+    return dataclasses.replace(plan, choices=tuple(choices))
+
+
 def candidate(name: str) -> str:
     from moecompress.pack.scheme import Scheme
 
     scheme = Scheme.parse(name)
     if scheme.code == "int":
         return f"{{bits: {scheme.bits}, group: {scheme.group}, symmetric: {str(scheme.symmetric).lower()}, outliers: {scheme.outliers}}}"
+    if scheme.code == "shared-basis":
+        return f"{{code: shared-basis, rank: {scheme.shares[0] / 1000}, bits: {scheme.bits}, group: {scheme.group}, symmetric: {str(scheme.symmetric).lower()}}}"
     return f"{{code: {scheme.code}, bits: {scheme.bits}}}"
 
 
