@@ -3,7 +3,8 @@
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
-the same code; rows "a+b" gate and up the code a, down b; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out.
+the same code, rows "a+b" gate and up the code a and down b; "plan" rows mix the trellis's rates under an average (`--target-bits`),
+"joint" rows may also leave experts out.
 KL and perplexity as `moecompress evaluate` measures them, in float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk:
 calibration passes, rounding, packing, writing.
 """
@@ -101,7 +102,8 @@ def candidate(name: str) -> str:
     if scheme.code == "int":
         return f"{{bits: {scheme.bits}, group: {scheme.group}, symmetric: {str(scheme.symmetric).lower()}, outliers: {scheme.outliers}}}"
     if scheme.code == "shared-basis":
-        return f"{{code: shared-basis, rank: {scheme.shares[0] / 1000}, bits: {scheme.bits}, group: {scheme.group}, symmetric: {str(scheme.symmetric).lower()}}}"
+        plain = candidate(scheme.coefficients.name).strip("{}").removesuffix(", outliers: 0.0")
+        return f"{{code: shared-basis, rank: {scheme.shares[0] / 1000}, {plain}}}"
     return f"{{code: {scheme.code}, bits: {scheme.bits}}}"
 
 
