@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moecompress.calibrate.bases import Users, layer_directions
 from moecompress.calibrate.capture import Capture, Enough, recording, route
 from moecompress.calibrate.merging import merge
 from moecompress.calibrate.moments import chunk_size, entering_down, expert_moments
@@ -23,7 +24,7 @@ from moecompress.model.experts import DOWN, layout_of
 from moecompress.model.memory import forget
 from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
-from moecompress.pack.scheme import DROPPED, VECTOR, Scheme
+from moecompress.pack.scheme import DROPPED, SHARED_BASIS, VECTOR, Scheme
 from moecompress.progress import track
 from moecompress.quantize import cross, vector
 from moecompress.quantize.encode import Inputs, Settings, encode, study
@@ -264,8 +265,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     used = [Scheme.parse(name) for name in {name for _, name in members}]
     chunk = chunk_size(layout, calibration.workspace_bytes, before is not None)
     books = _books(opened, moe, capture, schemes, calibration, chunk)
-    for named, book in books.items():
-        _fill(filled[named], {"book": book})
+    books |= layer_directions(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, _with_bases(layout, members),
+                              settings.damping)  # fmt: skip
     routed = route(capture, layout.experts)
     watched = {e for e in sampled(routed, WATCHED) if schemes[layout.projections[0]][e] != DROPPED}
     weighting = calibration.hessian, calibration.shrink
@@ -308,7 +309,9 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 book = books.get((projection, scheme.name))
                 encoded = encode(targets[projection][positions], inputs[source].take(positions), scheme, settings, book)
                 for key, value in encoded.bank.tensors().items():
-                    if key not in bank.shared:
+                    if key in bank.shared:
+                        getattr(bank, key).copy_(value)  # the same for every chunk
+                    else:
                         _assignable(getattr(bank, key))[slots] = _assignable(value)
                 if encoded.archived_bits is not None:
                     record["archived"][f"{moe.module}.{projection}"] = {"scheme": scheme.name, "bits": encoded.archived_bits}
@@ -364,6 +367,15 @@ def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str
         values, importance = (torch.cat(column)[mixed] for column in zip(*parts, strict=True))
         books[projection, scheme.name] = vector.train(values, importance, scheme.bits)
     return books
+
+
+def _with_bases(layout, members: dict[tuple[str, str], list[int]]) -> dict[tuple[str, str], Users]:
+    """The banks of matrices that share a basis; ``members``: experts by projection and name of the scheme."""
+    found = {}
+    for (projection, name), experts in members.items():
+        if (scheme := Scheme.parse(name)).code == SHARED_BASIS:
+            found[projection, name] = Users(projection, experts, scheme.rank(layout.shape(projection)[1]))
+    return found
 
 
 def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int

@@ -23,7 +23,7 @@ from moecompress.errors import UserError
 from moecompress.job import Job
 from moecompress.model.anatomy import EXPERT, Anatomy
 from moecompress.model.walk import OpenModel
-from moecompress.pack.scheme import DROPPED, NESTED, Scheme
+from moecompress.pack.scheme import DROPPED, NESTED, SHARED_BASIS, Scheme
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.recipe import Recipe, expert_of
@@ -307,7 +307,7 @@ def fixed_bytes(job: Job, schemes: list[str]) -> int:
             size += info.nbytes
             names += len(info.name) + 90
     known = [Scheme.parse(name) for name in schemes]
-    entries = 7 if any(scheme.outliers for scheme in known) else 6 if any(scheme.code == NESTED for scheme in known) else 4
+    entries = 7 if any(scheme.outliers or scheme.code == SHARED_BASIS for scheme in known) else 6 if any(scheme.code == NESTED for scheme in known) else 4
     for moe in opened.anatomy.moe.values():
         per_bank = entries * (len(moe.module) + 130)
         names += len(moe.layout.projections) * min(len(schemes), moe.layout.experts) * per_bank + 130
@@ -321,11 +321,13 @@ def index_bytes(anatomy: Anatomy) -> int:
 
 
 def shared_bytes(anatomy: Anatomy, schemes: list[str]) -> int:
-    """What the matrices of a bank have in common (books), if every scheme is used in every layer and projection."""
-    return sum(Scheme.parse(name).shared_bytes for name in schemes) * sum(len(moe.layout.projections) for moe in anatomy.moe.values())
+    """What the matrices of a bank have in common (books, bases), if every scheme is used in every layer and projection."""
+    widths = [moe.layout.shape(projection)[1] for moe in anatomy.moe.values() for projection in moe.layout.projections]
+    return sum(scheme.shared_bytes(cols) for scheme in map(Scheme.parse, schemes) for cols in widths)
 
 
 def shared_bytes_of(anatomy: Anatomy, chosen: Plan) -> int:
     """The same for the schemes that a plan uses."""
-    banks = (scheme for layer in by_layer(anatomy, chosen).values() for schemes in layer.values() for scheme in set(schemes))
-    return sum(scheme.shared_bytes for scheme in banks)
+    plan = by_layer(anatomy, chosen)
+    return sum(scheme.shared_bytes(moe.layout.shape(projection)[1]) for layer, moe in anatomy.moe.items()
+               for projection, schemes in plan[layer].items() for scheme in set(schemes))  # fmt: skip

@@ -139,7 +139,7 @@ class CalibrationRecipe(_Section):
         return self
 
 
-_GROUPED = ("int", "nested")
+_GROUPED = ("int", "nested", "shared-basis")
 
 
 def _thousandths(value: float) -> float:
@@ -159,25 +159,25 @@ def _bits_that_follow(value: dict[str, Any]) -> float:
 class CandidateRecipe(_Section):
     """One way to store an expert matrix (see pack/SPEC.md). At 16 bits nothing is quantized."""
 
-    code: Literal["int", "nested", "trellis", "vector", "ternary", "sign", "dictionary", "low-rank"] = "int"
+    code: Literal["int", "nested", "trellis", "vector", "ternary", "sign", "dictionary", "low-rank", "shared-basis"] = "int"
     #: int: 2, 3, 4, 8; nested: 3 or 4, and any fewer down to 2 when loading; trellis: 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4;
-    #: vector: 1, 1.5, 2, 3; dictionary: 0.7, 0.8, 0.9, 1, 1.1 or 1.2 for its words; not given for ternary (1.6), sign (1) and
-    #: low-rank (what follows from rank and sparse for a square matrix)
+    #: vector: 1, 1.5, 2, 3; shared-basis: 2, 3, 4, 8 for the coefficients; dictionary: 0.7, 0.8, 0.9, 1, 1.1 or 1.2 for its
+    #: words; not given for ternary (1.6), sign (1) and low-rank (what follows from rank and sparse for a square matrix)
     bits: Annotated[float, BeforeValidator(_no_bool)]
-    #: int and nested: columns that share a scale; 0: the whole row
+    #: int, nested and shared-basis: columns that share a scale; 0: the whole row
     group: Annotated[int, BeforeValidator(_no_bool)] = 64
-    #: int: without zero points
+    #: int and shared-basis: without zero points
     symmetric: bool = True
     #: int of 2, 3 or 4 bits: share of the weights, the most sensitive of every row, that keep 16 bits; 0.005, 0.01 or 0.02
     outliers: Annotated[float, BeforeValidator(_no_bool)] = 0.0
-    #: low-rank: rank of the factors, as a share of the smaller side of a matrix
+    #: low-rank: rank of the factors, as a share of the smaller side of a matrix; shared-basis: of the basis, of the columns
     rank: Annotated[float, BeforeValidator(_no_bool), AfterValidator(_thousandths)] = 0.0
     #: low-rank: share of the columns that are kept whole beside the factors
     sparse: Annotated[float, BeforeValidator(_no_bool), AfterValidator(_thousandths)] = 0.0
 
     @property
     def shares(self) -> tuple[int, int]:
-        """Of low rank: rank and kept columns in thousandths."""
+        """Of low rank and shared bases: rank and kept columns in thousandths."""
         return round(1000 * self.rank), round(1000 * self.sparse)
 
     @field_validator("bits")
@@ -185,7 +185,7 @@ class CandidateRecipe(_Section):
     def _known_bits(cls, value: float, info: ValidationInfo) -> float:
         if info.data.get("code") == "low-rank":
             return value  # compared with rank and sparse below
-        special = {"nested": (3, 4), "trellis": TRELLIS_RATES, "vector": VECTOR_RATES, "dictionary": DICTIONARY_RATES,
+        special = {"nested": (3, 4), "shared-basis": (2, 3, 4, 8), "trellis": TRELLIS_RATES, "vector": VECTOR_RATES, "dictionary": DICTIONARY_RATES,
                    "ternary": (1.6,), "sign": (1,)}  # fmt: skip
         known = special.get(info.data.get("code", "int"), (2, 3, 4, 8, 16))
         if value not in known:
@@ -231,8 +231,12 @@ class CandidateRecipe(_Section):
 
     @model_validator(mode="after")
     def _only_low_rank_has_shares(self) -> CandidateRecipe:
+        if self.code == "shared-basis":
+            if self.rank == 0 or self.sparse:
+                raise ValueError("a candidate with shared bases needs a rank above 0, and has no sparse")
+            return self
         if self.code != "low-rank" and self.shares != (0, 0):
-            raise ValueError("only a candidate {code: low-rank} has rank and sparse")
+            raise ValueError("only a candidate {code: low-rank} has rank and sparse, and {code: shared-basis} rank")
         if self.code == "low-rank" and (self.rank == 0 or low_rank_bits(self.shares) >= 16):
             raise ValueError("a low-rank candidate needs a rank above 0, and twice the rank and sparse together below 1: "
                              "more would make a square matrix larger")  # fmt: skip

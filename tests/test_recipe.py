@@ -77,7 +77,7 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
 
 def test_there_are_recipes() -> None:
     general = {"demo", "balanced-3bit", "small-2bit"}
-    papers = {"mc-moe", "mc-moe-odp", "mc-sharp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "mc-smoe", "qmoe", "modes"}
+    papers = {"mc-moe", "mc-moe-odp", "mc-sharp", "reap", "ream", "naee", "hc-smoe", "m-smoe", "mc-smoe", "molae", "qmoe", "modes"}
     assert general | papers <= {path.stem for path in RECIPES}
     for path in RECIPES:
         if path.stem in papers:
@@ -167,6 +167,10 @@ def test_errors_carry_line_and_column(tmp_path: Path) -> None:
         ("allocate: {candidates: [{code: low-rank, rank: true}]}\n", "candidates.0.rank: should be a number, not true"),
         ("allocate: {candidates: [{code: low-rank, rank: 0.1, bits: 4}]}\n", "bits of a low-rank candidate follow"),
         ("allocate: {candidates: [{code: low-rank, rank: 0.1, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers has group"),
+        ("allocate: {candidates: [{code: shared-basis, rank: 0.5}]}\n", "candidates.0.bits: is missing"),
+        ("allocate: {candidates: [{code: shared-basis, bits: 4}]}\n", "shared bases needs a rank above 0"),
+        ("allocate: {candidates: [{code: shared-basis, bits: 4, rank: 0.5, sparse: 0.1}]}\n", "has no sparse"),
+        ("allocate: {candidates: [{code: shared-basis, bits: 16, rank: 0.5}]}\n", "should be 2, 3, 4 or 8"),
         ("allocate: {candidates: [{bits: 4, rank: 0.1}]}\n", "only a candidate {code: low-rank} has rank and sparse"),
         ("allocate: {candidates: [{bits: 16, group: 64}]}\n", "only a candidate of 2, 3, 4 or 8-bit integers"),
         ("allocate: {allocator: pmq, granularity: layer}\n", "decides per expert"),

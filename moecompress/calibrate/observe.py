@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from moecompress.calibrate.bases import layer_directions, of_every_expert
 from moecompress.calibrate.capture import Capture, recording, route
 from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.prediction import TRIED, correction, sampled, tried, tried_layers
@@ -159,17 +160,19 @@ def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Ca
     harm = torch.zeros(layout.experts, len(layout.projections), len(schemes), dtype=torch.float64)
     chosen, ratios = sampled(routed, trials), [harm.new_zeros(0, *harm.shape[1:])]
     chunk = chunk_size(layout, calibration.workspace_bytes)
+    bases = layer_directions(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, of_every_expert(layout, schemes),
+                             settings.damping)  # fmt: skip
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, sensitivity=True):
         names = [f"{moe.module}.{e}" for e in moments.experts]
         # An expert without a usable Hessian is an error when it is compressed; here its prediction is merely worse.
         inputs = {name: study(h, names, replace(settings, allow_fallback=True), schemes) for name, h in moments.hessians.items()}
         mass = gate_mass(gate_square)[moments.experts]
-        expected = {name: expected_error(moments.weights[name], inputs[moments.source(name)], moments.row_weight[name], schemes, settings)
+        expected = {name: expected_error(moments.weights[name], inputs[moments.source(name)], moments.row_weight[name], schemes, settings, bases.get(name))
                     for name in layout.projections}  # fmt: skip
         for p, name in enumerate(layout.projections):
             harm[moments.experts, p] = expected[name] * mass[:, None]
         for position in [i for i, expert in enumerate(moments.experts) if expert in chosen]:
-            ratios.append(tried(experts, layout, moments, position, inputs, capture.hidden, routed, expected, schemes, settings))
+            ratios.append(tried(experts, layout, moments, position, inputs, capture.hidden, routed, expected, schemes, settings, bases))
     return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm, "tried": torch.cat(ratios)}
 
 

@@ -18,7 +18,7 @@ from moecompress.calibrate.capture import Routed, spread
 from moecompress.calibrate.moments import ExpertMoments
 from moecompress.calibrate.statistics import Statistics
 from moecompress.model.experts import ExpertsLayout
-from moecompress.pack.scheme import Scheme
+from moecompress.pack.scheme import SHARED_BASIS, Scheme
 from moecompress.quantize.encode import Inputs, Settings, encode
 from moecompress.runtime.bank import make_bank
 from moecompress.runtime.dispatch import by_expert
@@ -54,9 +54,11 @@ def decoded(scheme: Scheme, tensors: Mapping[str, torch.Tensor], shape: tuple[in
 
 
 def tried(module: nn.Module, layout: ExpertsLayout, moments: ExpertMoments, position: int, inputs: Mapping[str, Inputs], hidden: torch.Tensor,
-          routed: Routed, expected: Mapping[str, torch.Tensor], schemes: Sequence[Scheme], settings: Settings) -> torch.Tensor:  # fmt: skip
+          routed: Routed, expected: Mapping[str, torch.Tensor], schemes: Sequence[Scheme], settings: Settings,
+          directions: Mapping[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
     """Measured ÷ ``expected`` error, float64 [1, P, C], of the expert at ``position`` of a chunk, each matrix alone rounded in
-    every scheme; NaN where there is none. inputs: of the chunk, by the names of its Hessians. expected: projection -> [n, C]."""
+    every scheme; NaN where there is none. inputs: of the chunk, by the names of its Hessians. expected: projection -> [n, C].
+    directions: by projection, of shared bases."""
     weights = {name: stack[position] for name, stack in moments.weights.items()}
     alone = {name: one.take([position]) for name, one in inputs.items()}
     ratio = torch.full((len(layout.projections), len(schemes)), torch.nan, dtype=torch.float64)
@@ -66,7 +68,8 @@ def tried(module: nn.Module, layout: ExpertsLayout, moments: ExpertMoments, posi
         rounded = {}
         for name in layout.projections:
             fitted = scheme.fitted(layout.shape(name)[1])
-            found = encode(weights[name][None], alone[moments.source(name)], fitted, settings)
+            book = directions[name] if scheme.code == SHARED_BASIS else None
+            found = encode(weights[name][None], alone[moments.source(name)], fitted, settings, book)
             rounded[name] = decoded(fitted, found.bank.tensors(), layout.shape(name), settings.seed)
         lost = output_errors(module, layout, moments.experts[position], hidden, routed, weights, rounded)
         for p, name in enumerate(layout.projections):
@@ -93,7 +96,7 @@ def output_errors(module: nn.Module, layout: ExpertsLayout, expert: int, hidden:
 
     def outputs(matrices: Mapping[str, torch.Tensor]) -> torch.Tensor:
         chosen = torch.full((len(x), 1), expert)
-        return by_expert(module, layout, lambda name, _, rows: rows @ matrices[name].T, x, chosen, gate)
+        return by_expert(module, layout, lambda name, _, rows, __: rows @ matrices[name].T, x, chosen, gate)
 
     whole, mass = outputs(weights), float(gate.double().square().sum())
     lost = {name: outputs({**weights, name: other}) - whole for name, other in decoded.items()}

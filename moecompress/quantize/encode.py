@@ -3,24 +3,38 @@ descent. Nested integers, trellis, low rank and rows of two or three values: in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from moecompress.pack import int_format
 from moecompress.pack import low_rank as low_rank_format
 from moecompress.pack import nested as nested_format
 from moecompress.pack import outliers as outlier_format
+from moecompress.pack import shared_basis as shared_format
 from moecompress.pack import vector as vector_format
 from moecompress.pack.dictionary import DictionaryBank
 from moecompress.pack.int_format import IntBank, pack
 from moecompress.pack.low_rank import LowRankBank
 from moecompress.pack.nested import NestedBank
 from moecompress.pack.outliers import OutlierBank
-from moecompress.pack.scheme import DICTIONARY, INT, LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
+from moecompress.pack.scheme import (
+    DICTIONARY,
+    INT,
+    LOW_RANK,
+    NESTED,
+    SHARED_BASIS,
+    SIGN,
+    TERNARY,
+    TRELLIS,
+    VECTOR,
+    Scheme,
+)
+from moecompress.pack.shared_basis import SharedBasisBank
 from moecompress.pack.ternary import SignBank, TernaryBank, pack_signs, pack_ternary
 from moecompress.pack.trellis import TrellisBank
 from moecompress.pack.vector import VectorBank
-from moecompress.quantize import gptq, low_rank, nested, outliers, ternary, trellis, vector, words
+from moecompress.quantize import gptq, low_rank, nested, outliers, shared_basis, ternary, trellis, vector, words
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import damped, factor, lower_factors
 
@@ -71,7 +85,8 @@ class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits. archived_bits:
     of the dictionary code, what its words' trits take at their entropy (pack/rans.py), a weight."""
 
-    bank: IntBank | NestedBank | OutlierBank | LowRankBank | TrellisBank | VectorBank | TernaryBank | SignBank | DictionaryBank
+    bank: (IntBank | NestedBank | OutlierBank | LowRankBank | SharedBasisBank | TrellisBank | VectorBank | TernaryBank | SignBank
+           | DictionaryBank)  # fmt: skip
     error: torch.Tensor
     archived_bits: float | None = None
 
@@ -104,7 +119,8 @@ def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: 
 
 def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, book: torch.Tensor | None = None
            ) -> Encoded:  # fmt: skip
-    """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike. ``book``: of vectors (None: one for these alone)."""
+    """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike. ``book``: of vectors, or at least
+    so many `shared_basis.directions` as the rank of a shared basis (None: one for these alone)."""
     experts, _, cols = weights.shape
     if settings.method == "rtn" and scheme.code not in (INT, NESTED):
         inputs = None  # rounding to nearest uses the inputs for the grids of integers alone
@@ -118,6 +134,8 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
         return _few_values(weights, inputs, scheme, settings)
     if scheme.code == LOW_RANK:
         return _low_rank(weights, inputs, scheme, settings)
+    if scheme.code == SHARED_BASIS:
+        return _with_basis(weights, inputs, scheme, settings, book)
     if scheme.outliers:
         return _with_outliers(weights, inputs, scheme, settings)
     bits = int(scheme.bits)
@@ -173,6 +191,34 @@ def _low_rank(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, sett
     lost = gptq.row_errors(weights, hessian, low_rank_format.dequantize(bank)).sum(-1)
     whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
     return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _with_basis(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, directions: torch.Tensor | None) -> Encoded:
+    """The coefficients of the basis, rounded as matrices of their own with the second moments of B x."""
+    experts, _, cols = weights.shape
+    hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+    if directions is None:
+        directions = _own_directions(weights, hessian, scheme.rank(cols), settings)
+    basis = shared_basis.stored(shared_basis.basis(directions, scheme.rank(cols)))
+    seen = int_format.dequantize(basis)[0]
+    exact, _ = shared_basis.coefficients(weights, damped(hessian, settings.damping), seen)
+    found = encode(exact, None if inputs is None else _of_reduced(hessian, seen, settings), scheme.coefficients, settings)
+    assert isinstance(found.bank, IntBank)
+    bank = SharedBasisBank(found.bank, basis)
+    lost = gptq.row_errors(weights, hessian, shared_format.dequantize(bank)).sum(-1)
+    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
+    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _own_directions(weights: torch.Tensor, hessian: torch.Tensor, rank: int, settings: Settings) -> torch.Tensor:
+    alike = torch.ones(weights.shape[:2])
+    return shared_basis.directions(shared_basis.energy(weights, alike), hessian.double().mean(0), settings.damping, rank)
+
+
+def _of_reduced(hessian: torch.Tensor, basis: torch.Tensor, settings: Settings) -> Inputs:
+    """What error feedback needs to know of B x, for x with second moments [n, i, i] and B [q, i]."""
+    moments = basis @ hessian @ basis.T
+    return study(moments, len(moments) * [""], replace(settings, allow_fallback=True))
 
 
 def _with_outliers(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
@@ -264,15 +310,16 @@ def permuted(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme],
-                   settings: Settings) -> torch.Tensor:  # fmt: skip
+                   settings: Settings, directions: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """Expected output error [n, C] of each scheme under GPTQ or the trellis search, without running either.
 
     Error feedback turns tr(Δ H Δᵀ) into Σ_j D_j δ_j² with D the diagonal of the LDL factorisation of H in the order of
     processing and δ_j plain rounding errors of column j (they are nearly uniform on the grid cell, so those of the
-    original weights stand for those of the updated ones). row_weight [n, o] converts rows to the expert's output.
+    original weights stand for those of the updated ones). row_weight [n, o] converts rows to the expert's output. directions: of shared
+    bases, as `encode` has them.
     """
     result = torch.zeros(len(weights), len(schemes), dtype=torch.float64)
-    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code not in (TRELLIS, VECTOR, LOW_RANK)]
+    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code not in (TRELLIS, VECTOR, LOW_RANK, SHARED_BASIS)]
     if rounded:
         pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
         column_cost = _in_columns(pivots, inputs.order)
@@ -283,6 +330,9 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
     if thin:
         shares = [schemes[index].shares for index in thin]
         result[:, thin] = low_rank.expected_error(weights, inputs.hessian, row_weight, shares, settings.damping)
+    for share in sorted({scheme.shares[0] for scheme in schemes if scheme.code == SHARED_BASIS}):
+        based = [index for index, scheme in enumerate(schemes) if scheme.code == SHARED_BASIS and scheme.shares[0] == share]
+        result[:, based] = _expected_with_basis(weights, inputs, row_weight, [schemes[index] for index in based], settings, directions)
     searched = [index for index, scheme in enumerate(schemes) if scheme.code == TRELLIS]
     if searched:
         assert inputs.turned is not None
@@ -293,6 +343,18 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
             assert inputs.lower is not None
             result[:, index] = vector.expected_error(weights, inputs.hessian, inputs.lower, row_weight, scheme.bits)
     return result
+
+
+def _expected_with_basis(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme], settings: Settings,
+                         directions: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    """Of schemes with the same rank: what the basis leaves, and what rounding the coefficients adds."""
+    rank = schemes[0].rank(weights.shape[-1])
+    if directions is None:
+        directions = _own_directions(weights, inputs.hessian, rank, settings)
+    basis = shared_basis.basis(directions, rank)
+    exact, left = shared_basis.coefficients(weights, damped(inputs.hessian, settings.damping), basis)
+    rounded = expected_error(exact, _of_reduced(inputs.hessian, basis, settings), row_weight, [s.coefficients for s in schemes], settings)
+    return rounded + (left * row_weight).sum(1, keepdim=True)
 
 
 def _nearest(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> torch.Tensor:

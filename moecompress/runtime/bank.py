@@ -15,10 +15,10 @@ from moecompress.kernels import grouped_matmul, ternary_matmul, trellis_matmul, 
 from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
-from moecompress.pack import dictionary, int_format, low_rank, nested, outliers, ternary, trellis, vector
+from moecompress.pack import dictionary, int_format, low_rank, nested, outliers, shared_basis, ternary, trellis, vector
 from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import DICTIONARY, LOW_RANK, NESTED, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
+from moecompress.pack.scheme import DICTIONARY, LOW_RANK, NESTED, SHARED_BASIS, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
 
 #: Matrices that a backward pass unpacks at a time hold at most so many weights, or are one.
 UNPACKED = 1 << 24
@@ -250,6 +250,37 @@ class Vectors(PackedBank):
         return vector_matmul.matmul(x, slots, self.bank())
 
 
+class SharedBasis(PackedBank):
+    shared = ("basis_codes", "basis_row_scales")
+
+    def bank(self) -> shared_basis.SharedBasisBank:
+        own = IntBank(self.codes, self.row_scales, getattr(self, "scales", None), getattr(self, "zeros", None),
+                      int(self.scheme.bits), self.scheme.group, len(self.basis_codes))  # fmt: skip
+        return shared_basis.SharedBasisBank(own, shared_basis.basis_bank(self.basis_codes, self.basis_row_scales, self.cols))
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return shared_basis.dequantize(self.bank(), dtype)
+
+    def reduced(self, x: torch.Tensor) -> torch.Tensor:
+        """B x, the same for all matrices: x [S, cols] -> [S, q]."""
+        return grouped_matmul(x, torch.zeros(len(x), dtype=torch.int32, device=x.device), self.bank().basis)
+
+    def of_reduced(self, reduced: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """What `matmul` gives, of B x."""
+        return grouped_matmul(reduced, slots, self.bank().coefficients)
+
+    def matmul(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        mine = slots.clamp(max=0)  # rows of other banks stay at −1
+        return self.of_reduced(grouped_matmul(x, mine, self.bank().basis), slots)
+
+    def unpacked(self, slots: torch.Tensor) -> torch.Tensor:
+        bank = self.bank()
+        return kernel_dequantize(bank.coefficients, torch.float32, slots) @ kernel_dequantize(bank.basis, torch.float32)
+
+    def check(self) -> None:
+        shared_basis.check(self.bank())
+
+
 def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0, load_bits: int | None = None
               ) -> PackedBank:  # fmt: skip
     """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation; ``load_bits``: at most so many
@@ -259,7 +290,7 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
     if scheme.outliers:
         return IntegersWithOutliers(scheme, count, rows, cols, dtype)
-    kinds = {LOW_RANK: LowRank, TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
+    kinds = {LOW_RANK: LowRank, SHARED_BASIS: SharedBasis, TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
     kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
     return kind(scheme, count, rows, cols, dtype, seed)
 
@@ -286,6 +317,10 @@ def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.
         rank, kept = low_rank.sizes(rows, cols, scheme.shares)
         numbers: Tensors = {"kept": (torch.uint16, (count, kept))} if kept else {}
         return {"left": (torch.bfloat16, (count, rows, rank + kept)), "right": (torch.bfloat16, (count, rank, cols))} | numbers
+    if scheme.code == SHARED_BASIS:
+        rank = scheme.rank(cols)
+        return bank_tensors(scheme.coefficients, count, rows, rank, dtype) | {
+            "basis_codes": (torch.uint8, (rank, row_bytes(cols, shared_basis.BASIS_BITS))), "basis_row_scales": (torch.bfloat16, (rank,))}  # fmt: skip
     if scheme.code == NESTED:
         planes = {name: (torch.uint8, (count, rows, nested.plane_bytes(cols))) for name in nested.plane_names(int(scheme.bits))}
         return planes | bank_tensors(Scheme(nested.BASE, scheme.group), count, rows, cols, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from moecompress.kernels import triton as gpu
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate, layout_of
 from moecompress.pack.nested import BASE
 from moecompress.pack.scheme import NESTED, Scheme
-from moecompress.runtime.bank import IntegerBank, NestedIntegers, SplitIntegers, make_bank, turn, turn_back
+from moecompress.runtime.bank import IntegerBank, NestedIntegers, SharedBasis, SplitIntegers, make_bank, turn, turn_back
 from moecompress.runtime.dispatch import by_expert, crowded, through
 
 
@@ -125,12 +126,17 @@ class PackedExperts(nn.Module):
             self._slots[key] = table
         return self._slots[key]
 
-    def project(self, projection: str, x: torch.Tensor, expert: torch.Tensor, turned: torch.Tensor | None = None
-                ) -> torch.Tensor:  # fmt: skip
-        """x [S, in], expert [S] -> [S, out], each row by its expert's matrix. ``turned``: x rotated, where any bank turns."""
+    def project(self, projection: str, x: torch.Tensor, expert: torch.Tensor, turned: torch.Tensor | None = None,
+                reduced: dict[str, torch.Tensor] | None = None) -> torch.Tensor:  # fmt: skip
+        """x [S, in], expert [S] -> [S, out], each row by its expert's matrix. ``turned``: x rotated, where any bank turns.
+        ``reduced``: of `reduced` for the T tokens of x, each of which has S / T rows."""
         straight = back = None
         for name, bank in self.banks(projection).items():
-            part = bank.product(turned if bank.turns else x, self.slot_table(projection, name, x.device)[expert])
+            slots = self.slot_table(projection, name, x.device)[expert]
+            if reduced and name in reduced:
+                part = bank.of_reduced(reduced[name].repeat_interleave(len(x) // len(reduced[name]), dim=0), slots)
+            else:
+                part = bank.product(turned if bank.turns else x, slots)
             if bank.turns:
                 back = part if back is None else back + part
             else:
@@ -144,6 +150,13 @@ class PackedExperts(nn.Module):
     def turned(self, projection: str, x: torch.Tensor) -> torch.Tensor | None:
         """x rotated if any bank of the projection wants that."""
         return turn(x, self.seed) if any(bank.turns for bank in self.banks(projection).values()) else None
+
+    def reduced(self, projection: str, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Bank with a shared basis -> B x of every token, whatever its experts: hidden [T, d] -> [T, q]. Nothing where x needs
+        a gradient."""
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            return {}
+        return {name: bank.reduced(hidden) for name, bank in self.banks(projection).items() if isinstance(bank, SharedBasis)}
 
     def dequantized(self, projection: str, dtype: torch.dtype) -> torch.Tensor:
         """[E, out, in]"""
@@ -175,15 +188,16 @@ class PackedExperts(nn.Module):
         if self.aliased:
             chosen, weights = self.served(chosen, weights)
         if crowded(chosen, self.layout.experts) and not gpu.ready(chosen.device):  # there one launch takes all experts
-            return by_expert(module, self.layout, self._matmul, hidden, chosen, weights)
+            reduced = {projection: self.reduced(projection, hidden) for projection in self.layout.projections[:-1]}
+            return by_expert(module, self.layout, partial(self._matmul, reduced), hidden, chosen, weights)
         expert = chosen.reshape(-1).clamp(max=self.layout.experts)
         x, turned = hidden.repeat_interleave(top_k, dim=0), None
         for projection in self.layout.projections[:-1]:
             if turned is None and (one := self.turned(projection, hidden)) is not None:  # each token once
                 turned = one.repeat_interleave(top_k, dim=0)
-        gate = self.project(GATE, x, expert, turned) if self.layout.gated else None
+        gate = self.project(GATE, x, expert, turned, self.reduced(GATE, hidden)) if self.layout.gated else None
         known = expert.clamp(max=self.layout.experts - 1)  # sentinels have weight zero; any bias will do
-        inner = activate(module, self.layout, gate, self.project(UP, x, expert, turned), known).to(x.dtype)
+        inner = activate(module, self.layout, gate, self.project(UP, x, expert, turned, self.reduced(UP, hidden)), known).to(x.dtype)
         y = self.project(DOWN, inner, expert, self.turned(DOWN, inner))
         if getattr(module, "has_bias", False):
             y = y + module.down_proj_bias[known].to(y.dtype)
@@ -199,19 +213,22 @@ class PackedExperts(nn.Module):
         if self.aliased:
             chosen, weights = self.served(chosen, weights)
         if crowded(chosen, self.layout.experts) and not gpu.ready(chosen.device):
-            return by_expert(module, self.layout, self._matmul, hidden, chosen, weights, scales)
+            return by_expert(module, self.layout, partial(self._matmul, {}), hidden, chosen, weights, scales)
         left = (chosen.reshape(-1) < self.layout.experts).nonzero().squeeze(1)  # [S]
         expert, token = chosen.reshape(-1)[left], left // chosen.shape[1]
-        y = through(module, self.layout, lambda name, of, x: self.project(name, x, of, self.turned(name, x)), expert, hidden[token],
-                    {name: scale[token] for name, scale in scales.items()})  # fmt: skip
+        y = through(module, self.layout, lambda name, of, x, _: self.project(name, x, of, self.turned(name, x)), expert, hidden[token],
+                    token, {name: scale[token] for name, scale in scales.items()})  # fmt: skip
         y = y * weights.reshape(-1, 1)[left]
         return y.new_zeros(hidden.shape).index_add_(0, token, y).to(hidden.dtype)
 
-    def _matmul(self, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def _matmul(self, reduced: dict[str, dict[str, torch.Tensor]], projection: str, expert: int, x: torch.Tensor, token: torch.Tensor
+                ) -> torch.Tensor:  # fmt: skip
         for name, bank in self.banks(projection).items():
             slot = int(self.slot_table(projection, name, x.device)[expert])
             if slot >= 0:
                 slots = torch.full((len(x),), slot, dtype=torch.int32, device=x.device)
+                if name in reduced.get(projection, {}):
+                    return bank.of_reduced(reduced[projection][name][token], slots)
                 if not bank.turns:
                     return bank.product(x, slots)
                 return turn_back(bank.product(turn(x, self.seed), slots), self.seed).to(x.dtype)

@@ -40,7 +40,7 @@ def compute(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weigh
     if hasattr(module, "watcher") and crowded(chosen, module.num_experts):
         layout = layout_of(module)
         stored = projections(module, layout)
-        return by_expert(module, layout, lambda name, expert, x: x @ stored[name][expert].T, hidden, chosen, weights)
+        return by_expert(module, layout, lambda name, expert, x, _: x @ stored[name][expert].T, hidden, chosen, weights)
     return grouped_mm_experts_forward(module, hidden, chosen, weights)
 
 
@@ -77,7 +77,7 @@ def compute_scaled(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weig
         return packed.scaled_for(module, hidden, chosen, weights, scales)
     layout = layout_of(module)
     stored = projections(module, layout)
-    return by_expert(module, layout, lambda name, expert, x: x @ stored[name][expert].T, hidden, chosen, weights, scales)
+    return by_expert(module, layout, lambda name, expert, x, _: x @ stored[name][expert].T, hidden, chosen, weights, scales)
 
 
 def register() -> None:

@@ -3,7 +3,8 @@
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
-the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out.
+the same code, rows "a+b" gate and up the code a and down b; "plan" rows mix the trellis's rates under an average (`--target-bits`),
+"joint" rows may also leave experts out.
 KL and perplexity as `moecompress evaluate` measures them, in float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk:
 calibration passes, rounding, packing, writing. Decoding is one token through its eight experts of one layer of Qwen3-30B-A3B, whose weights
 come from memory: microseconds as `moecompress bench` measures them, all codes in turn, beside torch's bfloat16. A plan's time is
@@ -13,6 +14,7 @@ that of its codes, by the number of matrices that have them ("≈": not measured
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -70,19 +72,21 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
 
     kind, _, bits = method.partition(":")
     # A uniform plan has one candidate; its target only has to be wide enough.
-    names = TRELLIS if bits else [kind]
+    names = TRELLIS if bits else kind.split("+")
     recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={str(kind == 'joint').lower()}",
                           f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
                           "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
     statistics = pipeline.calibrate(job, work / f"calibrate-{kind}")
     chosen, _ = plans.plan(job, statistics)
+    if len(names) == 2 and not bits:
+        chosen = by_projection(chosen, *names)
     start = time.perf_counter()
     record = pipeline.build(job, statistics, chosen, work / "built", "plan")
     seconds = time.perf_counter() - start
     out = work / "built" / "out"
     measured = pipeline.load_and_measure(out, list(unseen.split(1)), reference, torch.float32).summary()
-    codes = Counter(choice.scheme for choice in chosen.choices if choice.scheme in decoding)  # those left out cost nothing
+    codes = Counter(choice.candidate for choice in chosen.choices if choice.candidate in decoding)  # those left out cost nothing
     one_token = sum(count * decoding[code] for code, count in codes.items()) / len(chosen.choices)
     result = {"method": method, "codes": codes, "microseconds_per_token": one_token,
               "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds, **measured}
@@ -95,9 +99,19 @@ def decode_times(methods: list[str]) -> dict[str, float]:
     from moecompress.evaluate.bench import SHAPES, measure
     from moecompress.pack.scheme import Scheme
 
-    names = {method for method in methods if ":" not in method} | {name for name in TRELLIS if any(":" in method for method in methods)}
+    names = {name for method in methods if ":" not in method for name in method.split("+")} | {name for name in TRELLIS if any(":" in method for method in methods)}
     found = measure(SHAPES["qwen3-30b-a3b"], [Scheme.parse(name) for name in sorted(names)], [1], 8 << 30, 40)
     return {row["weights"]: row["microseconds_per_token"] for row in found["results"]}
+
+
+def by_projection(plan, gate_and_up: str, down: str):
+    """The same plan with one code for gate and up, another one for down."""
+    from moecompress.pack.scheme import Scheme
+
+    names = [down if choice.unit.endswith(".down") else gate_and_up for choice in plan.choices]
+    choices = (dataclasses.replace(choice, candidate=name, bytes=Scheme.parse(name).price(choice.rows, choice.cols))
+               for choice, name in zip(plan.choices, names, strict=True))  # fmt: skip
+    return dataclasses.replace(plan, choices=tuple(choices))
 
 
 def candidate(name: str) -> str:
@@ -106,6 +120,9 @@ def candidate(name: str) -> str:
     scheme = Scheme.parse(name)
     if scheme.code == "int":
         return f"{{bits: {scheme.bits}, group: {scheme.group}, symmetric: {str(scheme.symmetric).lower()}, outliers: {scheme.outliers}}}"
+    if scheme.code == "shared-basis":
+        plain = candidate(scheme.coefficients.name).strip("{}").removesuffix(", outliers: 0.0")
+        return f"{{code: shared-basis, rank: {scheme.shares[0] / 1000}, {plain}}}"
     return f"{{code: {scheme.code}, bits: {scheme.bits}}}"
 
 

@@ -38,8 +38,8 @@ def test_weights_are_what_the_specification_says(bits, rows, cols):
         assert entry == index[matrix, row, m]
         assert stored[matrix, row, column] == bank.row_scales[matrix, row].float() * bank.book[entry, column % d].float()
     scheme = Scheme.parse({1: "v1", 1.5: "v1_5", 2: "v2", 3: "v3"}[bits])
-    assert sum(t.nbytes for t in bank.tensors().values()) == 3 * scheme.price(rows, cols) + scheme.shared_bytes
-    assert scheme.shared_bytes == bank.book.nbytes and Scheme(2, 64).shared_bytes == 0
+    assert sum(t.nbytes for t in bank.tensors().values()) == 3 * scheme.price(rows, cols) + scheme.shared_bytes(cols)
+    assert scheme.shared_bytes(cols) == bank.book.nbytes and Scheme(2, 64).shared_bytes(cols) == 0
 
 
 # Its bytes are frozen with the format.

@@ -13,7 +13,7 @@ from moecompress.quantize.encode import Settings, encode, study
 from moecompress.runtime.bank import PackedBank, bank_tensors, make_bank, turn, turn_back
 from moecompress.runtime.packed import PackedExperts
 
-NAMES = ["b3g32s", "b2g64a", "b2g64a_o1", "b4g32s_o0_5", "n3g64s", "n4g32s", "lr250s50", "lr125s0", "t0_5", "t1_25", "t2", "t3",
+NAMES = ["b3g32s", "b2g64a", "b2g64a_o1", "b4g32s_o0_5", "n3g64s", "n4g32s", "lr250s50", "lr125s0", "sb500b4g32a", "sb250b3g0s", "t0_5", "t1_25", "t2", "t3",
          "v1", "v1_5", "v2", "v3", "ternary", "sign", "d0_8", "b16"]  # fmt: skip
 SEED = 5
 
@@ -31,7 +31,7 @@ def filled(name: str, weights: torch.Tensor) -> tuple[PackedBank, torch.Tensor]:
     tensors = encoded.bank.tensors()
     expected = bank_tensors(scheme, count, rows, cols, torch.float32)
     assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == expected
-    assert sum(t.nbytes for t in tensors.values()) == count * scheme.price(rows, cols) + scheme.shared_bytes
+    assert sum(t.nbytes for t in tensors.values()) == count * scheme.price(rows, cols) + scheme.shared_bytes(cols)
     for key, value in tensors.items():
         getattr(bank, key).copy_(value)
     return bank, encoded.error
@@ -120,13 +120,13 @@ def test_gradients_reach_input_and_weights_of_a_packed_layer(tokens: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["t0_5", "t2", "t2_5", "v1_5", "v2", "ternary", "sign", "d0_8", "b3g64s", "b2g64a_o1", "b4g0s_o0_5", "n4g64s",
-                                  "lr250s50", "lr5s0", "b16"])  # fmt: skip
+                                  "lr250s50", "lr5s0", "sb500b4g64a", "sb5b2g0s", "b16"])  # fmt: skip
 def test_names_come_back(name: str) -> None:
     assert Scheme.parse(name).name == name
 
 
 @pytest.mark.parametrize("name", ["t5", "v4", "v2_o1", "t2.5", "b1g64s", "b3g63s", "n2g64s", "n4g64a", "b8g64s_o1", "b2g64a_o3", "n4g64s_o1",
-                                  "t2_o1", "lr0s5", "lr025s0", "lr500s0", "lr25", "int"])  # fmt: skip
+                                  "t2_o1", "lr0s5", "lr025s0", "lr500s0", "lr25", "sb500", "sb0b4g64a", "sb1000b4g64a", "sb500b16g0s", "int"])  # fmt: skip
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="no storage scheme"):
         Scheme.parse(name)

@@ -31,7 +31,7 @@ def test_equals_eager(kind, config) -> None:
     hidden, weights = torch.randn(90, 32), torch.rand(90, 2)
     chosen = torch.stack([torch.randperm(3)[:2] for _ in range(90)])  # nobody wants the last expert
     with torch.no_grad():
-        found = by_expert(module, layout, lambda name, e, x: x @ stored[name][e].T, hidden, chosen, weights)
+        found = by_expert(module, layout, lambda name, e, x, _: x @ stored[name][e].T, hidden, chosen, weights)
         assert torch.allclose(found, module(hidden, chosen, weights), atol=1e-5)
 
 

@@ -15,8 +15,8 @@ from moecompress.pack.scheme import Scheme
 from moecompress.quantize.encode import Settings, encode
 from moecompress.runtime.bank import PackedBank, make_bank
 
-NAMES = ["b2g64a", "b3g32s", "b4g0s", "b8g64a", "b2g64a_o1", "b4g32s_o2", "n4g64s", "lr250s50", "t0_5", "t0_75", "t1", "t1_25", "t1_5", "t2", "t2_5",
-         "t3", "t4", "v1", "v2", "v3", "ternary", "sign", "d0_7", "d1_2"]  # fmt: skip
+NAMES = ["b2g64a", "b3g32s", "b4g0s", "b8g64a", "b2g64a_o1", "b4g32s_o2", "n4g64s", "lr250s50", "sb500b4g64a", "sb250b3g0s", "t0_5", "t0_75", "t1", "t1_25",
+         "t1_5", "t2", "t2_5", "t3", "t4", "v1", "v2", "v3", "ternary", "sign", "d0_7", "d1_2"]  # fmt: skip
 ROUNDS = 10_000
 COUNT, ROWS, COLS = 3, 33, 140
 

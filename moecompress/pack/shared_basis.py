@@ -1,0 +1,62 @@
+"""Format ``shared-basis``: matrices A_e B with one B for all of a bank (SPEC.md, section 14; MoLAE, arXiv:2503.23100).
+
+B has rank q and is stored once, as integers of 8 bits; the A_e are integers as in section 1, with q columns. So B x is computed
+once for a token, whatever its experts. Shapes: n matrices of (rows, cols) in a bank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moecompress.pack import int_format
+from moecompress.pack.fields import demand, wrong
+from moecompress.pack.int_format import IntBank, row_bytes
+
+#: Of the basis. Two bytes would halve an error that is far below that of the coefficients already.
+BASIS_BITS = 8
+
+
+@dataclass(frozen=True)
+class SharedBasisBank:
+    """n matrices of one shape: coefficients times basis."""
+
+    coefficients: IntBank  # n matrices (rows, q)
+    basis: IntBank  # one matrix (q, cols)
+
+    def tensors(self) -> dict[str, Tensor]:
+        basis = {"basis_codes": self.basis.codes[0], "basis_row_scales": self.basis.row_scales[0]}
+        return self.coefficients.tensors() | basis
+
+
+def rank(cols: int, share: int) -> int:
+    """q; ``share`` of the columns in thousandths."""
+    return max(1, (2 * share * cols + 1000) // 2000)
+
+
+def basis_bytes(cols: int, share: int) -> int:
+    """Exact bytes of the basis of a bank."""
+    return int_format.stored_bytes(rank(cols, share), cols, BASIS_BITS, 0, True)
+
+
+def basis_bank(codes: Tensor, row_scales: Tensor, cols: int) -> IntBank:
+    """The stored tensors, uint8 [q, bytes] and bfloat16 [q], as a bank of one."""
+    return IntBank(codes[None], row_scales[None], None, None, BASIS_BITS, 0, cols)
+
+
+def dequantize(bank: SharedBasisBank, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Matrices (n, rows, cols). UserError if the bank is damaged."""
+    check(bank)
+    return (int_format.dequantize(bank.coefficients) @ int_format.dequantize(bank.basis)).to(dtype)
+
+
+def check(bank: SharedBasisBank) -> None:
+    """Raise UserError, naming the tensor, unless shapes and dtypes are the format's and all numbers of the basis are finite."""
+    own, basis = bank.coefficients, bank.basis
+    demand("basis_row_scales", basis.row_scales, torch.bfloat16, (1, own.cols))
+    demand("basis_codes", basis.codes, torch.uint8, (1, own.cols, row_bytes(basis.cols, BASIS_BITS)))
+    if not bool(basis.row_scales.isfinite().all()):
+        raise wrong("basis_row_scales", "finite numbers", "others")
+    int_format.check(own)
