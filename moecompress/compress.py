@@ -15,6 +15,7 @@ from moecompress.calibrate.capture import Capture, Enough, recording, route
 from moecompress.calibrate.moments import chunk_size, expert_moments
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.calibrate.prediction import WATCHED, decoded, output_errors, sampled
+from moecompress.calibrate.thinner import by_width, sorted_biases, widened
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
 from moecompress.model.experts import layout_of
@@ -165,9 +166,9 @@ def _remembering(walk: Walk, layer: int):
 
 
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
-                    linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None = None,
-                    sliced: dict[str, torch.Tensor] | None = None, shared: Shared | None = None) -> dict[str, Any]:  # fmt: skip
-    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with them, by parameter."""
+                    linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None,
+                    sliced: dict[str, torch.Tensor], shared: Shared | None = None) -> dict[str, Any]:  # fmt: skip
+    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with the experts, by parameter."""
     opened = walk.opened
     record = _nothing_done()
     tensors: dict[str, torch.Tensor] = {}
@@ -184,13 +185,13 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
         left = {p: [every[e] for e in numbers] for p, every in schemes.items()}
         if shared is not None:
             capture = shared.apply(capture)
-        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, shared))
+        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, sliced, shared))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
         if walk.memory is not None:
             _run_experts(walk, moe, capture)
     for info in opened.anatomy.of_layer(layer):
         if info.target not in replaced:
-            part = (sliced or {}).get(info.target)
+            part = sliced.get(info.target)
             tensors[info.name] = opened.checkpoint.read(info.name) if part is None else part.to(info.dtype)
     write_shard(shard, tensors)
     return record
@@ -230,9 +231,9 @@ def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str,
 
 def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]],
                   calibration: Calibration, settings: Settings, record: dict[str, Any], numbers: list[int],
-                  shared: Shared | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+                  sliced: dict[str, torch.Tensor], shared: Shared | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name. ``numbers``:
-    of the experts in the input, for the record."""
+    of the experts in the input, for the record. ``sliced`` gets biases that moved with the neurons of thinner experts."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for projection in layout.projections:
@@ -242,15 +243,20 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     contents = {
         p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections
     }
+    widths = {e: scheme.width for e, scheme in enumerate(schemes[layout.projections[0]]) if scheme.width}
+    neurons: dict[int, torch.Tensor] = {}
     filled = _empty_banks(layout, contents, opened.stored_dtype, settings.seed)
     used = [Scheme.parse(name) for name in {name for _, name in members}]
     chunk = chunk_size(layout, calibration.workspace_bytes)
-    books = _books(opened, moe, capture, schemes, calibration, chunk)
+    books = _books(opened, moe, capture, schemes, calibration, chunk, settings)
     for named, book in books.items():
         _fill(filled[named], {"book": book})
     routed = route(capture, layout.experts)
     watched = {e for e in sampled(routed, WATCHED) if schemes[layout.projections[0]][e] != DROPPED}
-    for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk):
+    every = expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk)
+    for moments in by_width(every, widths, settings.damping, moe.module, settings.allow_fallback):
+        if moments.keep is not None:
+            neurons |= dict(zip(moments.experts, moments.keep, strict=True))
         experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
         inputs = {name: study(h, experts_here, settings, used) for name, h in moments.hessians.items()}
         record["fallbacks"] += sorted(
@@ -285,12 +291,19 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
                 slot = members[p, scheme.name].index(expert)
                 bank = filled[p, scheme.name]
                 one = {name: tensor if name in bank.shared else tensor[slot : slot + 1] for name, tensor in bank.named_buffers()}
-                rounded[p] = decoded(scheme, one, layout.shape(p), settings.seed)
-            weights = {p: moments.weights[p][expert - moments.experts[0]] for p in layout.projections}
+                rounded[p] = decoded(scheme, one, layout.shape(p, scheme.width), settings.seed)
+            weights = {p: moments.weights[p][moments.experts.index(expert)] for p in layout.projections}
+            if expert in neurons:
+                weights, rounded = (widened(each, neurons[expert], layout) for each in (weights, rounded))
             lost = output_errors(experts, layout, expert, capture.hidden, routed, weights, rounded)
             record["measured"].update({f"{moe.module}.{numbers[expert]}.{p}": error for p, error in lost.items()})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
+    served = {} if shared is None else {e: neurons[by] for e, by in enumerate(shared.into.tolist()) if by in neurons}
+    biases = sorted_biases(experts, layout, neurons | served) if neurons else {}
+    for name, bias in biases.items():
+        getattr(experts, name).data.copy_(bias)
+    sliced.update({f"{moe.module}.{name}": bias for name, bias in biases.items()})
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
     if shared is not None:
@@ -309,8 +322,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     return tensors
 
 
-def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]], calibration: Calibration, chunk: int
-           ) -> dict[tuple[str, str], torch.Tensor]:  # fmt: skip
+def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]], calibration: Calibration, chunk: int,
+           settings: Settings) -> dict[tuple[str, str], torch.Tensor]:  # fmt: skip
     """A book for every bank of vectors, of all experts in it; where there are any, moments are made twice."""
     users = {(projection, scheme): of_experts.count(scheme) for projection, of_experts in schemes.items()
              for scheme in set(of_experts) if scheme.code == VECTOR}  # fmt: skip
@@ -318,7 +331,9 @@ def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str
         return {}
     experts = opened.model.get_submodule(moe.module)
     samples: dict[tuple[str, Scheme], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    for moments in expert_moments(experts, moe.layout, capture, calibration.hessian, calibration.shrink, chunk):
+    widths = {e: scheme.width for e, scheme in enumerate(next(iter(schemes.values()))) if scheme.width}
+    every = expert_moments(experts, moe.layout, capture, calibration.hessian, calibration.shrink, chunk)
+    for moments in by_width(every, widths, settings.damping, moe.module, settings.allow_fallback):
         for (projection, scheme), count in users.items():
             here = [i for i, e in enumerate(moments.experts) if schemes[projection][e] == scheme]
             if here:
@@ -337,9 +352,9 @@ def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype
                  ) -> dict[tuple[str, str], PackedBank]:  # fmt: skip
     banks = {}
     for projection, schemes in contents.items():
-        rows, cols = layout.shape(projection)
         for name, count in schemes.items():
-            banks[projection, name] = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed)
+            scheme = Scheme.parse(name)
+            banks[projection, name] = make_bank(scheme, count, *layout.shape(projection, scheme.width), dtype, seed)
     return banks
 
 

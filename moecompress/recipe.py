@@ -267,6 +267,8 @@ class AllocateRecipe(_Section):
     #: may experts be left out, so that the others have more bits? auto: where the target leaves less than 2.25 bits a weight.
     #: The plan with dropped experts must beat the one without on held-out text, unless compare is none
     drop: bool | Literal["auto"] = "auto"
+    #: may experts lose some of their neurons, so that the others have more bits? auto: as of drop. Only with granularity expert
+    slim: bool | Literal["auto"] = "auto"
     #: stop when the result is further than this from the original: KL in nats a token, on held-out text (null: never)
     max_kl: Number | None = None
     #: pmq: exponents of the token share, of the mean routing weight and of the block error (arXiv:2410.06270)
@@ -289,6 +291,8 @@ class AllocateRecipe(_Section):
             raise ValueError("allocator pmq decides per expert; leave out granularity")
         if self.allocator != "global" and self.drop is True:
             raise ValueError("only allocator global decides how many experts a layer keeps; leave out drop")
+        if self.slim is True and (self.allocator != "global" or self.granularity != "expert"):
+            raise ValueError("only allocator global with granularity expert decides how wide experts are; leave out slim")
         return self
 
 

@@ -33,7 +33,8 @@ class ExpertMoments:
     weights: projection -> float32 [n, out, in]. hessians: float32 [n, in, in] of the experts' input ("input", of gate and
     up) and of what enters down ("inner"): means over tokens weighted by the power of the gate, shrunk. row_weight:
     projection -> [n, out], how much a squared error of that output row (of gate or up: before the activation) becomes
-    squared error of the expert's output. mass: [n] Σ g² over tokens.
+    squared error of the expert's output. mass: [n] Σ g² over tokens. keep: int64 [n, width], of experts that were made
+    thinner: which neurons they are left with, in the order of their matrices; None: all.
     """
 
     experts: list[int]
@@ -41,6 +42,15 @@ class ExpertMoments:
     hessians: dict[str, torch.Tensor]
     row_weight: dict[str, torch.Tensor]
     mass: torch.Tensor
+    keep: torch.Tensor | None = None
+
+    def take(self, positions: list[int]) -> ExpertMoments:
+        """Some of the experts."""
+        if len(positions) == len(self.experts):
+            return self
+        parts = ({name: stack[positions] for name, stack in found.items()} for found in (self.weights, self.hessians, self.row_weight))
+        return ExpertMoments([self.experts[i] for i in positions], *parts, self.mass[positions],
+                             None if self.keep is None else self.keep[positions])  # fmt: skip
 
     @staticmethod
     def source(projection: str) -> str:

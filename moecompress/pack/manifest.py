@@ -23,10 +23,16 @@ LEFT_OUT = "left out"
 DROPPED = "dropped by plan"
 
 
+def slimmed_to(width: int, whole: int) -> str:
+    """The fate of a tensor of an expert that was left with ``width`` neurons of ``whole``."""
+    return f"slimmed to {width} of {whole}"
+
+
 def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Sequence[int]] | None = None,
-          changed: Collection[str] = ()) -> dict[str, dict[str, Any]]:  # fmt: skip
+          changed: Collection[str] = (), slimmed: Mapping[int, Mapping[int, int]] | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection).
-    ``dropped``: layer -> experts that were left out; ``changed``: parameters that follow them."""
+    ``dropped``: layer -> experts that were left out; ``changed``: parameters that follow them. ``slimmed``: layer -> expert -> neurons
+    that it was left with."""
     result: dict[str, dict[str, Any]] = {}
     for info in anatomy.tensors:
         fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes}
@@ -36,7 +42,9 @@ def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Seque
             if own and int(own[1]) in (dropped or {}).get(info.layer or 0, ()):
                 fate["fate"] = DROPPED
             else:
-                fate |= {"fate": "quantized", "into": f"{module}.packed"}
+                width = (slimmed or {}).get(info.layer or 0, {}).get(int(own[1]), 0) if own else 0
+                whole = anatomy.moe[info.layer].layout.width if width and info.layer is not None else 0
+                fate |= {"fate": slimmed_to(width, whole) if width else "quantized", "into": f"{module}.packed"}
         elif info.target in changed:
             fate["fate"] = "sliced" if info.role == ROUTER else "of the experts left"
         elif (linear := info.target.removesuffix(".weight")) in schemes:
