@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moecompress.prune import worst_layer
 from moecompress.report import plots
-from moecompress.report.records import Records, errors_by_layer, experts_by_layer, fates_by_role, points, uniform_total
+from moecompress.report.records import Records, errors_by_layer, experts_by_layer, fates_by_role, points, slimmed, total_of
 
 
 def render(records: Records) -> str:
@@ -47,7 +47,9 @@ def content(records: Records) -> dict[str, Any]:
         "repair": repair,
         "routing": manifest.get("routing"),
         "difference": heldout.get("plan_minus_uniform"),
-        "sizes": {"plan": manifest["total_bytes"], "uniform": uniform_total(records)},
+        "sizes": {label: total_of(records, label) for label in measured},
+        "slimmed": slimmed(manifest),
+        "neurons": max((choice.rows for choice in records.plan.choices if not choice.unit.endswith(".down")), default=0),
         "evaluations": records.evaluations,
         "fates": fates_by_role(records),
         "unreached": experts_by_layer(manifest["unreached_experts"]),

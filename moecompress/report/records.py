@@ -69,11 +69,18 @@ def stored_bytes(folder: Path, tensors: dict[str, dict[str, Any]]) -> dict[tuple
     """Bytes in the shards by (role, fate) of the input tensors they stand for; tensors that stand for none: "added"."""
     owners = {name: (fate["role"], fate["fate"]) for name, fate in tensors.items()}
     owners |= {fate["into"]: (fate["role"], fate["fate"]) for fate in tensors.values() if "into" in fate}
+    own: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # several where experts of a layer have different widths
+    for fate in tensors.values():
+        if "into" in fate:
+            own[fate["into"]][fate["role"], fate["fate"]] = None
     total: dict[tuple[str, str], int] = defaultdict(int)
     for shard in sorted(folder.glob("*.safetensors")):
         for name, entry in read_header(shard).items():
             packed = name.partition(".packed.")[0] + ".packed"
-            total[owners.get(name, owners.get(packed, ("added", "marker")))] += entry.nbytes
+            thinner = re.search(r"_banks\.\w+w(\d+)\.", name)
+            known = [owner for owner in own.get(packed, ()) if (thinner is None) == ("slimmed" not in owner[1])
+                     and (thinner is None or f"slimmed to {thinner[1]} of" in owner[1])]  # fmt: skip
+            total[owners.get(name, known[0] if known else owners.get(packed, ("added", "marker")))] += entry.nbytes
     return dict(total)
 
 
@@ -122,10 +129,16 @@ def experts_by_layer(names: Sequence[str]) -> dict[str, list[str]]:
     return dict(result)
 
 
-def uniform_total(records: Records) -> int:
-    """Bytes of all shards had the uniform plan been written."""
+def slimmed(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Layer -> expert -> neurons that it was left with, both in the order of their numbers."""
+    return {layer: dict(sorted(experts.items(), key=lambda item: int(item[0])))
+            for layer, experts in sorted(manifest.get("slimmed", {}).items(), key=lambda item: int(item[0]))}  # fmt: skip
+
+
+def total_of(records: Records, label: str) -> int:
+    """Bytes of all shards had the plan of that label been written."""
     total = records.manifest["total_bytes"]
-    control = records.plan.controls.get("uniform")
+    control = records.plan.controls.get(label)
     return total if control is None else total - records.plan.bytes + control.bytes
 
 
@@ -134,7 +147,7 @@ def points(records: Records) -> list[dict[str, Any]]:
     manifest = records.manifest
     result: list[dict[str, Any]] = [{"label": "original", "kind": "original", "bytes": manifest["input_bytes"],
                                      "kl": 0.0, "interval": [0.0, 0.0]}]  # fmt: skip
-    sizes = {"plan": manifest["total_bytes"], "uniform": uniform_total(records)}
+    sizes = {"plan": manifest["total_bytes"], "uniform": total_of(records, "uniform")}
     for label, size in sizes.items():
         if label in manifest["heldout"]:
             row = manifest["heldout"][label]
