@@ -18,6 +18,7 @@ from moecompress.calibrate.moments import chunk_size, entering_down, expert_mome
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.calibrate.original import Original
 from moecompress.calibrate.prediction import WATCHED, decoded, output_errors, sampled
+from moecompress.calibrate.thinner import by_width, sorted_biases, widened
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
 from moecompress.model.experts import DOWN, layout_of
@@ -180,11 +181,11 @@ def _remembering(walk: Walk, layer: int):
 
 
 def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: dict[str, list[Scheme]] | None,
-                    linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None = None,
-                    sliced: dict[str, torch.Tensor] | None = None, shared: Shared | None = None,
-                    before: torch.Tensor | None = None) -> dict[str, Any]:  # fmt: skip
-    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with them, by parameter; ``before``:
-    [T, d], what the experts are given in the original model."""
+                    linears: dict[str, Scheme], settings: Settings, shard: Path, kept: list[int] | None,
+                    sliced: dict[str, torch.Tensor], shared: Shared | None = None, before: torch.Tensor | None = None
+                    ) -> dict[str, Any]:  # fmt: skip
+    """``kept``: the experts that the router knows, None: all; ``sliced``: tensors that changed with the experts, by parameter;
+    ``before``: [T, d], what the experts are given in the original model."""
     opened = walk.opened
     record = _nothing_done()
     tensors: dict[str, torch.Tensor] = {}
@@ -203,13 +204,13 @@ def _compress_layer(walk: Walk, layer: int, calibration: Calibration, schemes: d
             if shared.merged:  # while all experts, and the tokens of each, are at hand
                 merge(opened.model.get_submodule(moe.module), moe.layout, capture, shared.into, shared.factor)
             capture = shared.apply(capture)
-        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, shared, before))
+        tensors.update(_pack_experts(opened, moe, capture, left, calibration, settings, record, numbers, sliced, shared, before))
         replaced.update(f"{moe.module}.{name}" for name in moe.layout.parameters)
         if walk.memory is not None:
             _run_experts(walk, moe, capture)
     for info in opened.anatomy.of_layer(layer):
         if info.target not in replaced:
-            part = (sliced or {}).get(info.target)
+            part = sliced.get(info.target)
             tensors[info.name] = opened.checkpoint.read(info.name) if part is None else part.to(info.dtype)
     write_shard(shard, tensors)
     return record
@@ -249,9 +250,11 @@ def _pack_linear(opened: OpenModel, name: str, scheme: Scheme, record: dict[str,
 
 def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]],
                   calibration: Calibration, settings: Settings, record: dict[str, Any], numbers: list[int],
-                  shared: Shared | None = None, before: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+                  sliced: dict[str, torch.Tensor], shared: Shared | None = None, before: torch.Tensor | None = None
+                  ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Round all experts of a layer and swap the module's weights for banks; returns the banks' tensors by name. ``numbers``:
-    of the experts in the input, for the record. ``before``: as in `_compress_layer`."""
+    of the experts in the input, for the record. ``sliced`` gets biases that moved with the neurons of thinner experts. ``before``:
+    as in `_compress_layer`."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for projection in layout.projections:
@@ -261,10 +264,12 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     contents = {
         p: {name: len(found) for (q, name), found in sorted(members.items()) if q == p} for p in layout.projections
     }
+    widths = {e: scheme.width for e, scheme in enumerate(schemes[layout.projections[0]]) if scheme.width}
+    neurons: dict[int, torch.Tensor] = {}
     filled = _empty_banks(layout, contents, opened.stored_dtype, settings.seed)
     used = [Scheme.parse(name) for name in {name for _, name in members}]
     chunk = chunk_size(layout, calibration.workspace_bytes, before is not None)
-    books = _books(opened, moe, capture, schemes, calibration, chunk)
+    books = _books(opened, moe, capture, schemes, calibration, chunk, settings)
     books |= layer_directions(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, _with_bases(layout, members),
                               settings.damping)  # fmt: skip
     routed = route(capture, layout.experts)
@@ -275,9 +280,12 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
         scheme = schemes[p][expert]
         bank, slot = filled[p, scheme.name], members[p, scheme.name].index(expert)
         one = {name: tensor if name in bank.shared else tensor[slot : slot + 1] for name, tensor in bank.named_buffers()}
-        return decoded(scheme, one, layout.shape(p), settings.seed)
+        return decoded(scheme, one, layout.shape(p, scheme.width), settings.seed)
 
-    for moments in expert_moments(experts, layout, capture, *weighting, chunk, original=before):
+    every = expert_moments(experts, layout, capture, *weighting, chunk, original=before)
+    for moments in by_width(every, widths, settings.damping, moe.module, settings.allow_fallback):
+        if moments.keep is not None:
+            neurons |= dict(zip(moments.experts, moments.keep, strict=True))
         experts_here = [f"{moe.module}.{numbers[e]}" for e in moments.experts]
         inputs: dict[str, Inputs] = {}
         targets = dict(moments.weights)
@@ -321,12 +329,19 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
              if DROPPED not in (schemes[p][moments.experts[i]] for p in layout.projections)}
         )
         for expert in watched.intersection(moments.experts):
-            weights = {p: targets[p][expert - moments.experts[0]] for p in layout.projections}
+            weights = {p: targets[p][moments.experts.index(expert)] for p in layout.projections}
             new = {p: rounded(expert, p) for p in layout.projections}
+            if expert in neurons:
+                weights, new = (widened(each, neurons[expert], layout) for each in (weights, new))
             lost = output_errors(experts, layout, expert, capture.hidden, routed, weights, new)
             record["measured"].update({f"{moe.module}.{numbers[expert]}.{p}": error for p, error in lost.items()})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
+    served = {} if shared is None else {e: neurons[by] for e, by in enumerate(shared.into.tolist()) if by in neurons}
+    biases = sorted_biases(experts, layout, neurons | served) if neurons else {}
+    for name, bias in biases.items():
+        getattr(experts, name).data.copy_(bias)
+    sliced.update({f"{moe.module}.{name}": bias for name, bias in biases.items()})
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
     if shared is not None:
@@ -345,8 +360,8 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
     return tensors
 
 
-def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]], calibration: Calibration, chunk: int
-           ) -> dict[tuple[str, str], torch.Tensor]:  # fmt: skip
+def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str, list[Scheme]], calibration: Calibration, chunk: int,
+           settings: Settings) -> dict[tuple[str, str], torch.Tensor]:  # fmt: skip
     """A book for every bank of vectors, of all experts in it; where there are any, moments are made twice."""
     users = {(projection, scheme): of_experts.count(scheme) for projection, of_experts in schemes.items()
              for scheme in set(of_experts) if scheme.code == VECTOR}  # fmt: skip
@@ -354,7 +369,9 @@ def _books(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: dict[str
         return {}
     experts = opened.model.get_submodule(moe.module)
     samples: dict[tuple[str, Scheme], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    for moments in expert_moments(experts, moe.layout, capture, calibration.hessian, calibration.shrink, chunk):
+    widths = {e: scheme.width for e, scheme in enumerate(next(iter(schemes.values()))) if scheme.width}
+    every = expert_moments(experts, moe.layout, capture, calibration.hessian, calibration.shrink, chunk)
+    for moments in by_width(every, widths, settings.damping, moe.module, settings.allow_fallback):
         for (projection, scheme), count in users.items():
             here = [i for i, e in enumerate(moments.experts) if schemes[projection][e] == scheme]
             if here:
@@ -382,9 +399,9 @@ def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype
                  ) -> dict[tuple[str, str], PackedBank]:  # fmt: skip
     banks = {}
     for projection, schemes in contents.items():
-        rows, cols = layout.shape(projection)
         for name, count in schemes.items():
-            banks[projection, name] = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed)
+            scheme = Scheme.parse(name)
+            banks[projection, name] = make_bank(scheme, count, *layout.shape(projection, scheme.width), dtype, seed)
     return banks
 
 

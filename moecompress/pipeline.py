@@ -40,11 +40,13 @@ from moecompress.plans import (
     fixed_bytes,
     gone_experts,
     may_drop,
+    may_slim,
     merged_by,
     plan_and_others,
     refuse_no_target,
     routed_again,
     shared_by,
+    slimmed_experts,
     ways_of,
 )
 from moecompress.progress import notice
@@ -57,16 +59,16 @@ from moecompress.runtime.skipping import KEY
 from moecompress.transform.shed import thinning
 from moecompress.transform.shrink import with_number
 
-
 #: What a plan's bar of progress is called.
-PROGRESS = {"uniform": "quantize, uniform plan", "bits": "quantize, all experts", "cross": "quantize, towards the original's outputs"}
+PROGRESS = {"uniform": "quantize, uniform plan", "bits": "quantize, all experts", "whole": "quantize, whole experts",
+            "cross": "quantize, towards the original's outputs"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``chosen``: "plan", "cross" (the plan, rounded towards the original's outputs), "bits" (all experts kept) or
-    "uniform". ``measured``: label -> summary on held-out calibration text. Plan and statistics are of the model that transform
-    steps left."""
+    """What a run did. ``chosen``: "plan", "cross" (the plan, rounded towards the original's outputs), "whole" (no thinner experts),
+    "bits" (all experts kept whole) or "uniform". ``measured``: label -> summary on held-out calibration text. Plan and statistics
+    are of the model that transform steps left."""
 
     folder: Path | None
     plan: Plan
@@ -80,18 +82,18 @@ class Result:
 
 
 def calibrate(job: Job, work: Path) -> Statistics:
-    thin = may_drop(job)
+    thin, narrow = may_drop(job), may_slim(job)
     if (work / "statistics.json").exists():
         statistics = Statistics.load(work)
         made = (statistics.fingerprint, statistics.schemes, statistics.harm)
         wanted = (job.calibration.fingerprint(), [s.name for s in job.schemes], job.recipe.allocate.harm)
-        if made == wanted and statistics.thinned >= thin:
+        if made == wanted and statistics.thinned >= thin and statistics.narrowed >= narrow:
             return statistics
         shutil.rmtree(work)
     if job.recipe.allocate.harm == "gradient":
         refuse_large(job.opened, job.tokens.ids.shape[1])
     measure = partial(thinning, ways_of(job)) if thin else None
-    statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work, measure)
+    statistics = observe(job.opened, job.calibration, job.schemes, job.settings, work, measure, narrow)
     if job.recipe.allocate.harm == "gradient":
         statistics = by_gradient(job.open(), job.calibration, statistics)
     statistics.save(work)
@@ -134,7 +136,8 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         notice(f"KL on held-out text: {summaries['cross']['kl_mean']:.5f} nats with experts rounded towards the original's outputs, "
                f"{summaries['plan']['kl_mean']:.5f} towards their own weights")  # fmt: skip
     if winner not in ("plan", "cross"):
-        better = {"uniform": "the uniform plan", "bits": "the plan that keeps all experts"}[winner]
+        better = {"uniform": "the uniform plan", "bits": "the plan that keeps all experts",
+                  "whole": "the plan that leaves no neurons of an expert out"}[winner]  # fmt: skip
         notice(f"{better} measured better than the allocated one; it is the one that was written")
     refuse_far(job, tried[winner], summaries[winner])
     ready, manifest = work / winner / "out", manifests[winner] | {"heldout": summaries, "chosen": winner}
@@ -195,10 +198,11 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "prediction": prediction.compare(_by_unit(opened.anatomy, done["measured"]), chosen, statistics),
         "schemes": done["schemes"],
         "dropped": {str(layer): gone for layer, gone in gone_experts(schemes).items()},
+        "slimmed": {str(layer): {str(e): width for e, width in found.items()} for layer, found in slimmed_experts(schemes).items()},
         "shared": {expert: list(by) for expert, by in sorted(chosen.shared.items())},
         "left_out": left_out(gone_experts(schemes), chosen.shared, merged_by(chosen)),
         "dictionary": against_entropy(opened.anatomy, done["archived"]),
-        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(schemes), done["changed"], merged_by(chosen)),
+        "tensors": fates(opened.anatomy, done["schemes"], gone_experts(schemes), done["changed"], merged_by(chosen), slimmed_experts(schemes)),
     }  # fmt: skip
 
 
@@ -240,8 +244,9 @@ def against_entropy(anatomy: Anatomy, archived: dict[str, dict[str, Any]]) -> di
     stored = []
     for name, found in archived.items():
         module, _, projection = name.rpartition(".")
-        rows, cols = layouts[module].shape(projection)
-        stored.append((8 * Scheme.parse(found["scheme"]).price(rows, cols) - 32 * rows) / (rows * cols))
+        scheme = Scheme.parse(found["scheme"])
+        rows, cols = layouts[module].shape(projection, scheme.width)
+        stored.append((8 * scheme.price(rows, cols) - 32 * rows) / (rows * cols))
     return {"stored_bits": float(np.mean(stored)), "entropy_bits": float(np.mean([found["bits"] for found in archived.values()]))}
 
 

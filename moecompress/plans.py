@@ -22,8 +22,9 @@ from moecompress.compress import Shared, kept_experts, linear_schemes, rest_shar
 from moecompress.errors import UserError
 from moecompress.job import Job
 from moecompress.model.anatomy import EXPERT, Anatomy
+from moecompress.model.experts import DOWN, ExpertsLayout
 from moecompress.model.walk import OpenModel
-from moecompress.pack.scheme import DROPPED, NESTED, SHARED_BASIS, Scheme
+from moecompress.pack.scheme import DROPPED, NESTED, SHARED_BASIS, VECTOR, Scheme
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.recipe import Recipe, expert_of
@@ -43,22 +44,28 @@ def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
 
 
 def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, Plan]]:
-    """The recipe's plan, and others of the same target: "bits", if the plan leaves experts out and keeping all of them is
-    possible, and "uniform"."""
+    """The recipe's plan, and others of the same target: "whole", if the plan has thinner experts beside experts that are left
+    out; "bits", if it leaves anything out and keeping all is possible; and "uniform"."""
     units, harm = units_of(job.opened, statistics)
     candidates = [Scheme.parse(name) for name in statistics.schemes]
     settings = job.recipe.allocate
-    budget = expert_budget(job, statistics.schemes)
+    slimming = may_slim(job) and statistics.narrowed
+    thinner, thin_harm = thinner_of(job.opened, statistics) if slimming else ([], harm[:, :0])
+    budget = expert_budget(job, [*statistics.schemes, *(scheme.name for scheme in thinner)])
     of_all = least = smallest_bytes(units, candidates, harm)
-    joint = may_drop(job) and statistics.thinned
-    if settings.drop is True and not joint:
-        raise UserError("The statistics do not say what dropping experts costs", expected="statistics made with allocate.drop=true",
-                        remedy="calibrate again with this recipe, or leave allocate.drop out")  # fmt: skip
+    dropping = may_drop(job) and statistics.thinned
+    for wish, can, what in ((settings.drop, dropping, "drop"), (settings.slim, slimming, "slim")):
+        if wish is True and not can:
+            raise UserError(f"The statistics do not say what experts that {'are dropped' if what == 'drop' else 'become thinner'} cost",
+                            expected=f"statistics made with allocate.{what}=true",
+                            remedy=f"calibrate again with this recipe, or leave allocate.{what} out")  # fmt: skip
     header = 2 * 130 if job.recipe.target.size is not None else 0
-    tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values())  # of who serves for whom
-    ladder = ladder_of(statistics) if joint else {}
+    tables = sum(8 * moe.layout.experts + header for moe in job.opened.anatomy.moe.values()) if dropping else 0  # of who serves for whom
+    ladder = ladder_of(statistics) if dropping else every_expert(statistics)
+    every, every_harm = [*candidates, *thinner], np.concatenate([harm, thin_harm], 1)
+    joint = dropping or slimming
     if joint:
-        of_some = smallest_joint(units, candidates, harm, ladder) + tables
+        of_some = smallest_joint(units, every, every_harm, ladder) + tables
         joint, least = budget is not None and budget >= of_some, min(of_all, of_some)
     if budget is not None and budget < least:
         raise too_small(job, budget, least)
@@ -69,6 +76,10 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
         return make_plan(units, candidates, harm, budget_bytes, settings, factors=factors, seed=seed)
 
     def jointly(budget_bytes: int | None) -> Plan:
+        assert budget_bytes is not None
+        return joint_plan(units, every, every_harm, ladder, budget_bytes - tables, settings, seed)
+
+    def as_wide(budget_bytes: int | None) -> Plan:
         assert budget_bytes is not None
         return joint_plan(units, candidates, harm, ladder, budget_bytes - tables, settings, seed)
 
@@ -83,16 +94,22 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
     books = shared_bytes(job.opened.anatomy, statistics.schemes)
     others: dict[str, Plan] = {}
     made = made_by(jointly if joint else bits_alone)
+    if made.slimmed and dropping and budget is not None and budget >= smallest_joint(units, candidates, harm, ladder) + tables:
+        others["whole"] = made_by(as_wide)
+        if others["whole"].harm <= made.harm:
+            made = others.pop("whole")
+        elif not others["whole"].dropped:
+            del others["whole"]  # that is "bits"
     if budget is None or budget >= of_all:
         bits = made_by(bits_alone) if joint else made
-        if made.dropped:
+        if (made.dropped or made.slimmed) and made.harm < bits.harm:
             others["bits"] = bits
         else:
             made = bits
         # Every plan fits what all books leave; another one with the bytes of this plan may need more of them.
         allowed = budget if books and budget is not None else others.get("bits", made).target_bytes
         others["uniform"] = uniform_plan(units, candidates, harm, allowed)
-    if made.dropped:
+    if made.dropped or made.slimmed:
         made = replace(made, controls={name: Control(other.bytes, other.harm) for name, other in others.items()})
     return made, others
 
@@ -108,10 +125,18 @@ def ways_of(job: Job) -> Slicing | None:
 
 def may_drop(job: Job) -> bool:
     """Is leaving experts out among the candidates?"""
-    wish = job.recipe.allocate
-    if wish.drop is False or wish.allocator != "global":
+    return _may(job, job.recipe.allocate.drop)
+
+
+def may_slim(job: Job) -> bool:
+    """Are thinner experts among the candidates? Not with the original's outputs as target: they are of all neurons."""
+    return job.recipe.allocate.granularity == "expert" and job.recipe.quantize.target == "own" and _may(job, job.recipe.allocate.slim)
+
+
+def _may(job: Job, wish: bool | str) -> bool:
+    if wish is False or job.recipe.allocate.allocator != "global":
         return False
-    if wish.drop is True:
+    if wish is True:
         return True
     target = job.recipe.target
     if target.bits is None and target.size is None:  # statistics for no plan in particular
@@ -135,6 +160,30 @@ def ladder_of(statistics: Statistics) -> Ladder:
     return ladder
 
 
+def every_expert(statistics: Statistics) -> Ladder:
+    """The ladders of layers that leave no expert out."""
+    return {index: [Level((), 0.0, np.ones(len(layer.counts)))] for index, layer in statistics.layers.items()}
+
+
+def thinner_of(opened: OpenModel, statistics: Statistics) -> tuple[list[Scheme], np.ndarray]:
+    """The candidates at every width that any layer's experts can be made to, and their predicted harm [units, candidates], that of
+    thinning with the down matrices. Infinite where a layer has no such width, and of vectors and shared bases: each width would need
+    its own."""
+    found = statistics.predicted_narrowing()
+    codes = [Scheme.parse(name) for name in statistics.schemes]
+    widths = sorted({int(width) for one in found.values() for width in one.widths}, reverse=True)
+    barred = np.array([np.inf if code.code in (VECTOR, SHARED_BASIS) else 0.0 for code in codes])
+    rows = []
+    for layer, one in found.items():
+        layout = opened.anatomy.moe[layer].layout
+        harm = np.full((layout.experts, len(layout.projections), len(widths), len(codes)), np.inf)
+        at = [widths.index(int(width)) for width in one.widths]
+        harm[:, :, at] = one.harm.numpy().swapaxes(1, 2) + barred
+        harm[:, layout.projections.index(DOWN), at] += one.error.numpy()[:, :, None]
+        rows.append(harm.reshape(layout.experts * len(layout.projections), -1))
+    return [replace(code, width=width) for width in widths for code in codes], np.concatenate(rows)
+
+
 def units_of(opened: OpenModel, statistics: Statistics) -> tuple[list[Unit], np.ndarray]:
     """All expert matrices and their predicted harm [units, candidates]."""
     size = opened.stored_dtype.itemsize
@@ -155,11 +204,20 @@ def by_layer(anatomy: Anatomy, chosen: Plan) -> dict[int, dict[str, list[Scheme]
     assigned = chosen.assignments()
     return {
         layer: {
-            p: [assigned[unit_id(layer, e, p)].fitted(moe.layout.shape(p)[1]) for e in range(moe.layout.experts)]
-            for p in moe.layout.projections
+            p: [_fitted(assigned[unit_id(layer, e, p)], moe.layout, p) for e in range(moe.layout.experts)] for p in moe.layout.projections
         }
         for layer, moe in anatomy.moe.items()
     }
+
+
+def _fitted(scheme: Scheme, layout: ExpertsLayout, projection: str) -> Scheme:
+    return scheme.fitted(layout.shape(projection, scheme.width)[1])
+
+
+def slimmed_experts(schemes: dict[int, dict[str, list[Scheme]]]) -> dict[int, dict[int, int]]:
+    """Layer -> expert -> neurons that a plan leaves it with, for the layers and experts where it takes some."""
+    found = {layer: {e: scheme.width for e, scheme in enumerate(next(iter(s.values()))) if scheme.width} for layer, s in schemes.items()}
+    return {layer: widths for layer, widths in found.items() if widths}
 
 
 def _factors(anatomy: Anatomy, statistics: Statistics) -> Factors:
@@ -286,7 +344,7 @@ def written_bytes(job: Job, chosen: Plan) -> int:
             for projection, chosen_schemes in schemes[layer].items():
                 for scheme, count in Counter(s for s in chosen_schemes if s != DROPPED).items():
                     where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"
-                    bank = bank_tensors(scheme, count, *moe.layout.shape(projection), opened.stored_dtype)
+                    bank = bank_tensors(scheme, count, *moe.layout.shape(projection, scheme.width), opened.stored_dtype)
                     tensors.update({f"{where}.{name}": tensor for name, tensor in bank.items()})
                     tensors[f"{where}.experts"] = (torch.int32, (count,))
         total += shard_bytes(tensors)
@@ -322,8 +380,9 @@ def index_bytes(anatomy: Anatomy) -> int:
 
 def shared_bytes(anatomy: Anatomy, schemes: list[str]) -> int:
     """What the matrices of a bank have in common (books, bases), if every scheme is used in every layer and projection."""
-    widths = [moe.layout.shape(projection)[1] for moe in anatomy.moe.values() for projection in moe.layout.projections]
-    return sum(scheme.shared_bytes(cols) for scheme in map(Scheme.parse, schemes) for cols in widths)
+    cols = [moe.layout.shape(projection)[1] for moe in anatomy.moe.values() for projection in moe.layout.projections]
+    whole = [scheme for scheme in map(Scheme.parse, schemes) if not scheme.width]  # thinner experts have nothing in common
+    return sum(scheme.shared_bytes(one) for scheme in whole for one in cols)
 
 
 def shared_bytes_of(anatomy: Anatomy, chosen: Plan) -> int:

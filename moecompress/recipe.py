@@ -271,6 +271,9 @@ class AllocateRecipe(_Section):
     #: may experts be left out, so that the others have more bits? auto: where the target leaves less than 2.25 bits a weight.
     #: The plan with dropped experts must beat the one without on held-out text, unless compare is none
     drop: bool | Literal["auto"] = "auto"
+    #: may experts lose some of their neurons, so that the others have more bits? auto: as of drop. Only with granularity expert,
+    #: and not with quantize.target cross
+    slim: bool | Literal["auto"] = "auto"
     #: stop when the result is further than this from the original: KL in nats a token, on held-out text (null: never)
     max_kl: Number | None = None
     #: pmq: exponents of the token share, of the mean routing weight and of the block error (arXiv:2410.06270)
@@ -293,6 +296,8 @@ class AllocateRecipe(_Section):
             raise ValueError("allocator pmq decides per expert; leave out granularity")
         if self.allocator != "global" and self.drop is True:
             raise ValueError("only allocator global decides how many experts a layer keeps; leave out drop")
+        if self.slim is True and (self.allocator != "global" or self.granularity != "expert"):
+            raise ValueError("only allocator global with granularity expert decides how wide experts are; leave out slim")
         return self
 
 
@@ -544,6 +549,12 @@ class Recipe(_Section):
         if value is not None and not isinstance(value, list | tuple):
             raise ValueError("should be a list of steps, such as [{method: reap, keep: 0.75}]")
         return value or ()
+
+    @model_validator(mode="after")
+    def _whole_for_cross(self) -> Recipe:
+        if self.allocate.slim is True and self.quantize.target == "cross":
+            raise ValueError("with quantize.target cross experts cannot become thinner; leave out allocate.slim, or use target own")
+        return self
 
     def without_limits(self) -> Recipe:
         """The same work: limits only decide whether it goes on."""

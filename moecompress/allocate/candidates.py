@@ -28,6 +28,12 @@ class Unit:
     def weights(self) -> int:
         return self.rows * self.cols
 
+    def shape(self, width: int) -> tuple[int, int]:
+        """Rows and columns if the expert is left with ``width`` neurons; 0: with all."""
+        if not width:
+            return self.rows, self.cols
+        return (self.rows, width) if self.projection == "down" else (width, self.cols)
+
 
 def unit_id(layer: int, expert: int, projection: str) -> str:
     """``L07.E031.down``"""
@@ -36,7 +42,9 @@ def unit_id(layer: int, expert: int, projection: str) -> str:
 
 def prices(units: Sequence[Unit], candidates: Sequence[Candidate]) -> np.ndarray:
     """int64 (u, c): stored bytes of every unit under every candidate."""
-    shapes = sorted({(unit.rows, unit.cols, unit.weights_dtype_bytes) for unit in units})
-    of_shape = {shape: [candidate.price(*shape) for candidate in candidates] for shape in shapes}
-    rows = [of_shape[unit.rows, unit.cols, unit.weights_dtype_bytes] for unit in units]
-    return np.array(rows, dtype=np.int64).reshape(len(units), len(candidates))
+    def key(unit: Unit) -> tuple[int, int, bool, int]:
+        return unit.rows, unit.cols, unit.projection == "down", unit.weights_dtype_bytes
+
+    of_shape = {key(unit): [c.price(*unit.shape(c.width), unit.weights_dtype_bytes) for c in candidates]
+                for unit in {key(unit): unit for unit in units}.values()}  # fmt: skip
+    return np.array([of_shape[key(unit)] for unit in units], dtype=np.int64).reshape(len(units), len(candidates))

@@ -90,6 +90,11 @@ class Plan:
         """How many units are left out."""
         return sum(choice.candidate == DROPPED.name for choice in self.choices)
 
+    @property
+    def slimmed(self) -> int:
+        """How many units are of thinner experts."""
+        return sum(candidate.width > 0 for candidate in self.assignments().values())
+
     def assignments(self) -> dict[str, Candidate]:
         """Candidate of every unit id."""
         parsed = {name: Candidate.parse(name) for name in {choice.candidate for choice in self.choices}}

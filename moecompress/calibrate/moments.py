@@ -34,7 +34,8 @@ class ExpertMoments:
     up) and of what enters down ("inner"): means over tokens weighted by the power of the gate, shrunk. row_weight:
     projection -> [n, out], how much a squared error of that output row (of gate or up: before the activation) becomes
     squared error of the expert's output. mass: [n] Σ g² over tokens. drift: as the Hessians, mean x̂ (x − x̂)ᵀ where x̂ is not
-    the original's x, shrunk like them.
+    the original's x, shrunk like them. keep: int64 [n, width], of experts that were made thinner: which neurons they are left
+    with, in the order of their matrices; None: all.
     """
 
     experts: list[int]
@@ -43,6 +44,17 @@ class ExpertMoments:
     row_weight: dict[str, torch.Tensor]
     mass: torch.Tensor
     drift: dict[str, torch.Tensor] = field(default_factory=dict)
+    keep: torch.Tensor | None = None
+
+    def take(self, positions: list[int]) -> ExpertMoments:
+        """Some of the experts."""
+        if len(positions) == len(self.experts):
+            return self
+        parts = ({name: stack[positions] for name, stack in found.items()}
+                 for found in (self.weights, self.hessians, self.row_weight, self.drift))  # fmt: skip
+        weights, hessians, row_weight, drift = parts
+        return ExpertMoments([self.experts[i] for i in positions], weights, hessians, row_weight, self.mass[positions], drift,
+                             None if self.keep is None else self.keep[positions])  # fmt: skip
 
     @staticmethod
     def source(projection: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import nn
 
 from moecompress.calibrate.bases import layer_directions, of_every_expert
 from moecompress.calibrate.capture import Capture, recording, route
-from moecompress.calibrate.moments import chunk_size, expert_moments
+from moecompress.calibrate.moments import ExpertMoments, chunk_size, expert_moments
 from moecompress.calibrate.prediction import TRIED, correction, sampled, tried, tried_layers
-from moecompress.calibrate.statistics import LayerStatistics, Statistics, Thinning, gate_mass, thinning_of
+from moecompress.calibrate.statistics import LayerStatistics, Statistics, Thinning, gate_mass, narrowing_of, thinning_of
+from moecompress.calibrate.thinner import thinned, widths_of
 from moecompress.model.anatomy import MoELayer
 from moecompress.model.checkpoint import write_shard, write_text
 from moecompress.model.experts import ExpertsLayout, projections
@@ -27,7 +28,7 @@ from moecompress.model.skeleton import bfloat16_products
 from moecompress.model.walk import OpenModel, Walk
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import track
-from moecompress.quantize.encode import Settings, expected_error, study
+from moecompress.quantize.encode import Inputs, Settings, expected_error, study
 from moecompress.quantize.gptq import rtn, values
 from moecompress.quantize.grid import fit
 from moecompress.runtime import seam
@@ -66,8 +67,9 @@ Thin = Callable[[OpenModel, MoELayer, Capture], Thinning]
 
 @torch.no_grad()
 def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], settings: Settings, work: Path,
-            thin: Thin | None = None) -> Statistics:  # fmt: skip
-    """Statistics of every MoE layer. ``work`` holds finished layers, so that a killed run goes on behind them."""
+            thin: Thin | None = None, narrow: bool = False) -> Statistics:  # fmt: skip
+    """Statistics of every MoE layer. ``work`` holds finished layers, so that a killed run goes on behind them. ``narrow``: also
+    of thinner experts."""
     work.mkdir(parents=True, exist_ok=True)
     moe = opened.anatomy.moe
     sources = calibration.batches
@@ -85,7 +87,7 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
             outputs: list[Any] = [None] * len(walk.waiting)
             if layer in moe:
                 capture, clean = _capture(walk, moe[layer], calibration, outputs, probes[layer])
-                statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings, TRIED if layer in tries else 0)
+                statistics = _measure(walk.opened, moe[layer], capture, calibration, schemes, settings, TRIED if layer in tries else 0, narrow)
                 if thin is not None:
                     found = vars(thin(walk.opened, moe[layer], capture))
                     statistics |= {f"thinning.{name}": tensor for name, tensor in found.items()}
@@ -112,10 +114,11 @@ def observe(opened: OpenModel, calibration: Calibration, schemes: list[Scheme], 
     saved_layers = {layer: load_file(work / f"layer-{layer:04d}.safetensors") for layer in sorted(moe)}
     factors = correction([saved.pop("tried") for saved in saved_layers.values()])
     for layer, saved in saved_layers.items():
-        saved["harm"] *= factors
-        plain = {name: tensor for name, tensor in saved.items() if not name.startswith("thinning.")}
+        for name in saved.keys() & {"harm", "narrowing.harm"}:
+            saved[name] *= factors
+        plain = {name: tensor for name, tensor in saved.items() if "." not in name}
         layers[layer] = LayerStatistics(**plain, tokens=tokens, sensitivity=divergence[layer] / max(energy[layer], 1e-30),
-                                        thinning=thinning_of(saved))  # fmt: skip
+                                        thinning=thinning_of(saved), narrowing=narrowing_of(saved))  # fmt: skip
     layers = _smooth(layers)
     return Statistics([s.name for s in schemes], list(moe[min(moe)].layout.projections), layers,
                       calibration.fingerprint(), calibration.text)  # fmt: skip
@@ -152,28 +155,43 @@ def _capture(walk: Walk, moe: MoELayer, calibration: Calibration, outputs: list[
 
 
 def _measure(opened: OpenModel, moe: MoELayer, capture: Capture, calibration: Calibration, schemes: list[Scheme],
-             settings: Settings, trials: int) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Statistics of a layer. ``trials``: experts whose predicted errors are compared with measured ones."""
+             settings: Settings, trials: int, narrow: bool = False) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Statistics of a layer. ``trials``: experts whose predicted errors are compared with measured ones. ``narrow``: see `observe`."""
     layout, experts = moe.layout, opened.model.get_submodule(moe.module)
     routed = route(capture, layout.experts)
     gate_sum, gate_square = routed.sums(routed.gate), routed.sums(routed.gate.double().square())
     harm = torch.zeros(layout.experts, len(layout.projections), len(schemes), dtype=torch.float64)
     chosen, ratios = sampled(routed, trials), [harm.new_zeros(0, *harm.shape[1:])]
+    widths = widths_of(layout) if narrow else []
+    lost, thin_harm = harm.new_zeros(layout.experts, len(widths)), harm.new_zeros(layout.experts, len(widths), *harm.shape[1:])
     chunk = chunk_size(layout, calibration.workspace_bytes)
     bases = layer_directions(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, of_every_expert(layout, schemes),
                              settings.damping)  # fmt: skip
     for moments in expert_moments(experts, layout, capture, calibration.hessian, calibration.shrink, chunk, sensitivity=True):
         names = [f"{moe.module}.{e}" for e in moments.experts]
         # An expert without a usable Hessian is an error when it is compressed; here its prediction is merely worse.
-        inputs = {name: study(h, names, replace(settings, allow_fallback=True), schemes) for name, h in moments.hessians.items()}
+        forgiving = replace(settings, allow_fallback=True)
+        inputs = {name: study(h, names, forgiving, schemes) for name, h in moments.hessians.items()}
         mass = gate_mass(gate_square)[moments.experts]
-        expected = {name: expected_error(moments.weights[name], inputs[moments.source(name)], moments.row_weight[name], schemes, settings, bases.get(name))
-                    for name in layout.projections}  # fmt: skip
+        expected = _expected(moments, inputs, schemes, settings, bases)
         for p, name in enumerate(layout.projections):
             harm[moments.experts, p] = expected[name] * mass[:, None]
+        for w, (thin, loss) in enumerate(thinned(moments, widths, settings.damping, moe.module, True) if widths else []):
+            lost[moments.experts, w] = loss * mass
+            theirs = _expected(thin, inputs | {"inner": study(thin.hessians["inner"], names, forgiving, schemes)}, schemes, settings, {})
+            for p, name in enumerate(layout.projections):
+                thin_harm[moments.experts, w, p] = theirs[name] * mass[:, None]
         for position in [i for i, expert in enumerate(moments.experts) if expert in chosen]:
             ratios.append(tried(experts, layout, moments, position, inputs, capture.hidden, routed, expected, schemes, settings, bases))
-    return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm, "tried": torch.cat(ratios)}
+    narrowing = {"narrowing.widths": torch.tensor(widths, dtype=torch.int64), "narrowing.error": lost, "narrowing.harm": thin_harm} if narrow else {}
+    return {"counts": routed.counts, "gate_sum": gate_sum, "gate_square": gate_square, "harm": harm, "tried": torch.cat(ratios)} | narrowing
+
+
+def _expected(moments: ExpertMoments, inputs: Mapping[str, Inputs], schemes: list[Scheme], settings: Settings,
+              bases: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Projection -> [n, C] expected errors of rounding."""
+    return {name: expected_error(weights, inputs[moments.source(name)], moments.row_weight[name], schemes, settings, bases.get(name))
+            for name, weights in moments.weights.items()}  # fmt: skip
 
 
 def _perturb(walk: Walk, moe: MoELayer, lane: int, clean: torch.Tensor) -> tuple[Any, float]:

@@ -113,8 +113,8 @@ def compare(measured: Mapping[str, float], plan: Plan, statistics: Statistics) -
     chosen = {choice.unit: choice.candidate for choice in plan.choices}
     predicted = _predicted(statistics, measured)
     units: dict[str, dict[str, Any]]
-    units = {unit: {"scheme": chosen[unit], "predicted": float(predicted[unit][statistics.schemes.index(chosen[unit])]),
-                    "measured": error} for unit, error in measured.items() if unit in chosen}  # fmt: skip
+    units = {unit: {"scheme": chosen[unit], "predicted": predicted[unit][chosen[unit]], "measured": error}
+             for unit, error in measured.items() if unit in chosen}  # fmt: skip
     units = {unit: row for unit, row in units.items() if row["predicted"] > 0}
     ratios: dict[str, list[float]] = defaultdict(list)
     for row in units.values():
@@ -135,13 +135,17 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
     return float(spearmanr(one, other).statistic)
 
 
-def _predicted(statistics: Statistics, wanted: Container[str]) -> dict[str, torch.Tensor]:
-    """Unit, of those that are ``wanted`` -> [C] squared error of the expert's output under every candidate, per unit of Σ g²."""
-    found = {}
+def _predicted(statistics: Statistics, wanted: Container[str]) -> dict[str, dict[str, float]]:
+    """Unit, of those that are ``wanted`` -> candidate -> squared error of the expert's output by rounding, per unit of Σ g²."""
+    found: dict[str, dict[str, float]] = {}
     for index, layer in statistics.layers.items():
         errors = layer.unit_error  # (E, P, C)
         for expert in range(len(layer.counts)):
             for p, projection in enumerate(statistics.projections):
                 if (unit := unit_id(index, expert, projection)) in wanted:
-                    found[unit] = errors[expert, p]
+                    found[unit] = dict(zip(statistics.schemes, errors[expert, p].tolist(), strict=True))
+                    if layer.narrowing is not None:
+                        thinner = layer.narrowing.harm[expert, :, p] / layer.mass[expert]  # (W, C)
+                        found[unit] |= {f"{scheme}w{width}": float(thinner[w, c]) for w, width in enumerate(layer.narrowing.widths.tolist())
+                                        for c, scheme in enumerate(statistics.schemes)}  # fmt: skip
     return found

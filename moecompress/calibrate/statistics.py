@@ -44,6 +44,19 @@ class Thinning:
 
 
 @dataclass(frozen=True)
+class Narrowing:
+    """What thinner experts of a layer of E experts lose, at W widths (P projections and C candidates as of `LayerStatistics`).
+
+    widths: int64 [W] neurons that are kept. error: float64 [E, W] squared error of the layer's expert output with one expert
+    that thin, nothing rounded, summed over the calibration tokens. harm: float64 [E, W, P, C] what rounding its matrices adds.
+    """
+
+    widths: torch.Tensor
+    error: torch.Tensor
+    harm: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """One MoE layer, E experts, P projections, C candidates.
 
@@ -51,7 +64,7 @@ class LayerStatistics:
     error of the layer's expert output, summed over the calibration tokens. tokens: how many tokens the layer saw.
     sensitivity: nats of final KL (summed over tokens) per unit of squared error of the layer's expert output.
     importance: float64 [E], the same of each expert's part in it, relative to the layer's; None where it was not looked at.
-    thinning: None if it was not measured.
+    thinning, narrowing: None if it was not measured.
     """
 
     counts: torch.Tensor
@@ -62,11 +75,17 @@ class LayerStatistics:
     sensitivity: float
     importance: torch.Tensor | None = None
     thinning: Thinning | None = None
+    narrowing: Narrowing | None = None
 
     @property
     def unit_error(self) -> torch.Tensor:
         """[E, P, C] expected squared error of an expert's output per unit of Σ g²."""
-        return self.harm / gate_mass(self.gate_square).clamp_min(1e-30)[:, None, None]
+        return self.harm / self.mass[:, None, None]
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """[E] what errors of an expert weigh."""
+        return gate_mass(self.gate_square).clamp_min(1e-30)
 
     @property
     def nats(self) -> float:
@@ -88,6 +107,11 @@ class Statistics:
         """Was it measured what leaving experts out does?"""
         return all(layer.thinning is not None for layer in self.layers.values())
 
+    @property
+    def narrowed(self) -> bool:
+        """Was it measured what thinner experts do?"""
+        return all(layer.narrowing is not None for layer in self.layers.values())
+
     def unreached(self) -> list[tuple[int, int]]:
         """(layer, expert) pairs that no calibration token chose."""
         return [(index, int(e)) for index, layer in self.layers.items() for e in (layer.counts == 0).nonzero()]
@@ -107,6 +131,16 @@ class Statistics:
         return {index: layer.harm * layer.nats * (1.0 if layer.importance is None else layer.importance[:, None, None])
                 for index, layer in self.layers.items()}  # fmt: skip
 
+    def predicted_narrowing(self) -> dict[int, Narrowing]:
+        """Layer -> the same of thinner experts, in predicted KL in nats per token."""
+        found = {}
+        for index, layer in self.layers.items():
+            assert layer.narrowing is not None
+            nats = torch.ones(len(layer.counts)) * layer.nats * (1.0 if layer.importance is None else layer.importance)
+            one = layer.narrowing
+            found[index] = Narrowing(one.widths, one.error * nats[:, None], one.harm * nats[:, None, None, None])
+        return found
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -115,8 +149,9 @@ class Statistics:
                 tensors[f"{index}.{name}"] = getattr(layer, name)
             if layer.importance is not None:
                 tensors[f"{index}.importance"] = layer.importance
-            if layer.thinning is not None:
-                tensors |= {f"{index}.thinning.{name}": tensor for name, tensor in vars(layer.thinning).items()}
+            for kind, found in (("thinning", layer.thinning), ("narrowing", layer.narrowing)):
+                if found is not None:
+                    tensors |= {f"{index}.{kind}.{name}": tensor for name, tensor in vars(found).items()}
         write_shard(folder / "statistics.safetensors", tensors)
         record = {"version": 1, "schemes": self.schemes, "projections": self.projections, "fingerprint": self.fingerprint,
                   "text": self.text, "harm": self.harm, "layers": {str(i): {"tokens": s.tokens, "sensitivity": s.sensitivity}
@@ -138,7 +173,7 @@ class Statistics:
             int(index): LayerStatistics(
                 tensors[f"{index}.counts"], tensors[f"{index}.gate_sum"], tensors[f"{index}.gate_square"],
                 tensors[f"{index}.harm"], values["tokens"], values["sensitivity"],
-                tensors.get(f"{index}.importance"), thinning_of(tensors, f"{index}.thinning."),
+                tensors.get(f"{index}.importance"), thinning_of(tensors, f"{index}."), narrowing_of(tensors, f"{index}."),
             )
             for index, values in record["layers"].items()
         }  # fmt: skip
@@ -146,7 +181,18 @@ class Statistics:
                           record.get("harm", "forward"))  # fmt: skip
 
 
-def thinning_of(tensors: Mapping[str, torch.Tensor], prefix: str = "thinning.") -> Thinning | None:
-    """From the tensors whose names begin with ``prefix``; None where some are missing: nothing, or not all ways, was measured."""
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def thinning_of(tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Thinning | None:
+    """From the tensors whose names begin with ``prefix`` and "thinning."; None where some are missing: nothing, or not all ways, was
+    measured."""
+    found = _below(tensors, f"{prefix}thinning.")
     return Thinning(**found) if found.keys() == {field.name for field in fields(Thinning)} else None
+
+
+def narrowing_of(tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Narrowing | None:
+    """The same for "narrowing."."""
+    found = _below(tensors, f"{prefix}narrowing.")
+    return Narrowing(**found) if found else None
+
+
+def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

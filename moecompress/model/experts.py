@@ -35,9 +35,10 @@ class ExpertsLayout:
     def projections(self) -> tuple[str, ...]:
         return (GATE, UP, DOWN) if self.gated else (UP, DOWN)
 
-    def shape(self, projection: str) -> tuple[int, int]:
-        """(out, in) of one expert's matrix."""
-        return (self.hidden, self.width) if projection == DOWN else (self.width, self.hidden)
+    def shape(self, projection: str, width: int = 0) -> tuple[int, int]:
+        """(out, in) of one expert's matrix; ``width``: of an expert that is left with so many neurons (0: all)."""
+        width = width or self.width
+        return (self.hidden, width) if projection == DOWN else (width, self.hidden)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -23,11 +23,17 @@ LEFT_OUT = "left out"
 DROPPED = "dropped by plan"
 
 
+def slimmed_to(width: int, whole: int) -> str:
+    """The fate of a tensor of an expert that was left with ``width`` neurons of ``whole``."""
+    return f"slimmed to {width} of {whole}"
+
+
 def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Sequence[int]] | None = None,
-          changed: Collection[str] = (), merged: Mapping[int, Mapping[int, int]] | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
+          changed: Collection[str] = (), merged: Mapping[int, Mapping[int, int]] | None = None,
+          slimmed: Mapping[int, Mapping[int, int]] | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Input tensor -> role and fate. ``schemes``: what was quantized (linear layer, or expert module.index.projection).
     ``dropped``: layer -> experts that were left out; ``changed``: parameters that follow them; ``merged``: layer -> expert ->
-    the one whose down matrix was refitted to serve for it, too."""
+    the one whose down matrix was refitted to serve for it, too; ``slimmed``: layer -> expert -> neurons that it was left with."""
     result: dict[str, dict[str, Any]] = {}
     for info in anatomy.tensors:
         fate: dict[str, Any] = {"role": info.role, "bytes": info.nbytes}
@@ -38,7 +44,9 @@ def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Seque
             if own and int(own[1]) in (dropped or {}).get(info.layer or 0, ()):
                 fate["fate"] = merged_into(into[int(own[1])]) if int(own[1]) in into else DROPPED
             else:
-                fate |= {"fate": "quantized", "into": f"{module}.packed"}
+                width = (slimmed or {}).get(info.layer or 0, {}).get(int(own[1]), 0) if own else 0
+                whole = anatomy.moe[info.layer].layout.width if width and info.layer is not None else 0
+                fate |= {"fate": slimmed_to(width, whole) if width else "quantized", "into": f"{module}.packed"}
                 if info.target.endswith(".down_proj") and (not own or int(own[1]) in into.values()):
                     fate |= {"refitted": {str(by): [e for e in into if into[e] == by] for by in sorted(set(into.values()))
                                           if not own or int(own[1]) == by}} if into else {}  # fmt: skip

@@ -1,5 +1,6 @@
 """A scheme names how a matrix is stored: "b3g64s" (integers), "b2g64a_o1" (with 1 % outliers), "n4g64s" (nested ones), "t2_5"
-(trellis), "v2" (vectors), "d0_8" (dictionary), "lr250s50" (low rank), "sb500b4g64a" (shared bases), "ternary", "sign", "b16" (as it was)."""
+(trellis), "v2" (vectors), "d0_8" (dictionary), "lr250s50" (low rank), "sb500b4g64a" (shared bases), "ternary", "sign", "b16" (as it was).
+"t2w192": of an expert that is left with 192 of its neurons."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ class Scheme:
     """``bits`` a weight without scales. ``group``, ``symmetric``: of integers; columns that share a scale, 0 for one scale a
     row. ``code``: a format of SPEC.md. ``outliers``: of integers; share of the weights that keep 16 bits beside their codes.
     ``shares``: of low rank; the rank and the kept columns, in thousandths of the most there can be; ``bits`` are those of a square
-    matrix then. Of shared bases: the rank and 0; ``bits``, ``group`` and ``symmetric`` are those of the coefficients.
-    At 16 bits nothing is quantized."""
+    matrix then. Of shared bases: the rank and 0; ``bits``, ``group`` and ``symmetric`` are those of the coefficients. ``width``: of
+    an expert that is left with so many neurons (rows of gate and up, columns of down); 0: with all. At 16 bits nothing is quantized."""
 
     bits: float
     group: int = 0
@@ -27,9 +28,15 @@ class Scheme:
     code: str = INT
     outliers: float = 0.0
     shares: tuple[int, int] = (0, 0)
+    width: int = 0
 
     @property
     def name(self) -> str:
+        """That of the code, and behind it ``w192`` for 192 neurons."""
+        return f"{self._code_name}w{self.width}" if self.width else self._code_name
+
+    @property
+    def _code_name(self) -> str:
         """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``b2g64a_o1`` (1 % outliers), ``n4g64s`` (nested), ``t2_5`` (2.5 bits;
         names of modules have no points), ``v2`` (vectors), ``d0_8`` (dictionary), ``lr250s50`` (a quarter of the rank, 5 % of the
         columns), ``sb500b4g64a`` (half of the rank, coefficients as b4g64a) or ``b16``."""
@@ -49,6 +56,9 @@ class Scheme:
     @classmethod
     def parse(cls, name: str) -> Scheme:
         """The scheme of that name; UserError if it is none."""
+        narrow = re.fullmatch(r"(.+)w([1-9]\d{0,5})", name)
+        if narrow is not None and "w" not in narrow[1] and (whole := cls.parse(narrow[1])) != DROPPED:
+            return replace(whole, width=int(narrow[2]))
         if name in _PLAIN:
             return _PLAIN[name]
         thin = re.fullmatch(r"lr([1-9]\d{0,2})s(0|[1-9]\d{0,2})", name)
@@ -64,7 +74,7 @@ class Scheme:
         if match is None:
             raise UserError(f"no storage scheme is called {name!r}",
                             expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, v2, d0_8, lr250s50, sb500b4g64a, ternary, "
-                                     "sign or b16")  # fmt: skip
+                                     "sign, b16 or t2w192")  # fmt: skip
         return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
 
     def fitted(self, cols: int) -> Scheme:
@@ -85,7 +95,8 @@ class Scheme:
         return Scheme(self.bits, self.group, self.symmetric)
 
     def price(self, rows: int, cols: int, weights_dtype_bytes: int = 2) -> int:
-        """Exact stored bytes of a ``rows`` × ``cols`` matrix, without `shared_bytes`. At 16 bits it keeps the input's dtype."""
+        """Exact stored bytes of a ``rows`` × ``cols`` matrix (of a thinner expert: its own rows and columns), without `shared_bytes`.
+        At 16 bits it keeps the input's dtype."""
         if self.code == DROP:
             return 0
         if self.bits == 16:

@@ -9,7 +9,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moecompress.prune import worst_layer
 from moecompress.report import plots
-from moecompress.report.records import Records, errors_by_layer, experts_by_layer, fates_by_role, points, totals
+from moecompress.report.records import (
+    Records,
+    errors_by_layer,
+    experts_by_layer,
+    fates_by_role,
+    points,
+    slimmed,
+    totals,
+)
 
 
 def render(records: Records) -> str:
@@ -48,6 +56,8 @@ def content(records: Records) -> dict[str, Any]:
         "routing": manifest.get("routing"),
         "difference": heldout.get("plan_minus_uniform"),
         "sizes": totals(records),
+        "slimmed": slimmed(manifest),
+        "neurons": max((choice.rows for choice in records.plan.choices if not choice.unit.endswith(".down")), default=0),
         "evaluations": records.evaluations,
         "fates": fates_by_role(records),
         "left_out": manifest.get("left_out", {}),

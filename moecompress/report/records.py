@@ -69,11 +69,18 @@ def stored_bytes(folder: Path, tensors: dict[str, dict[str, Any]]) -> dict[tuple
     """Bytes in the shards by (role, fate) of the input tensors they stand for; tensors that stand for none: "added"."""
     owners = {name: (fate["role"], fate["fate"]) for name, fate in tensors.items()}
     owners |= {fate["into"]: (fate["role"], fate["fate"]) for fate in tensors.values() if "into" in fate}
+    own: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # several where experts of a layer have different widths
+    for fate in tensors.values():
+        if "into" in fate:
+            own[fate["into"]][fate["role"], fate["fate"]] = None
     total: dict[tuple[str, str], int] = defaultdict(int)
     for shard in sorted(folder.glob("*.safetensors")):
         for name, entry in read_header(shard).items():
             packed = name.partition(".packed.")[0] + ".packed"
-            total[owners.get(name, owners.get(packed, ("added", "marker")))] += entry.nbytes
+            thinner = re.search(r"_banks\.\w+w(\d+)\.", name)
+            known = [owner for owner in own.get(packed, ()) if (thinner is None) == ("slimmed" not in owner[1])
+                     and (thinner is None or f"slimmed to {thinner[1]} of" in owner[1])]  # fmt: skip
+            total[owners.get(name, known[0] if known else owners.get(packed, ("added", "marker")))] += entry.nbytes
     return dict(total)
 
 
@@ -122,11 +129,17 @@ def experts_by_layer(names: Sequence[str]) -> dict[str, list[str]]:
     return dict(result)
 
 
+def slimmed(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Layer -> expert -> neurons that it was left with, both in the order of their numbers."""
+    return {layer: dict(sorted(experts.items(), key=lambda item: int(item[0])))
+            for layer, experts in sorted(manifest.get("slimmed", {}).items(), key=lambda item: int(item[0]))}  # fmt: skip
+
+
 def totals(records: Records) -> dict[str, int]:
     """Bytes of all shards, had each of the plans that were measured been written."""
     total = records.manifest["total_bytes"]
     others = {label: total - records.plan.bytes + control.bytes for label, control in records.plan.controls.items()}
-    return dict.fromkeys(("plan", "cross", "bits", "uniform"), total) | others
+    return dict.fromkeys(("plan", "cross", "whole", "bits", "uniform"), total) | others
 
 
 def points(records: Records) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ class NestedIntegers(IntegerBank):
     def settled(self) -> IntegerBank:
         """The same matrices as a bank of ordinary integers."""
         whole = self.bank()
-        bank = IntegerBank(Scheme(whole.bits, whole.group), 0, self.rows, self.cols, torch.uint8)
+        bank = IntegerBank(Scheme(whole.bits, whole.group, width=self.scheme.width), 0, self.rows, self.cols, torch.uint8)
         for name, tensor in whole.tensors().items():
             setattr(bank, name, tensor)
         return bank

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from moecompress.errors import UserError
 from moecompress.kernels import triton as gpu
@@ -26,6 +27,8 @@ class PackedExperts(nn.Module):
     ``seed``: of the rotation, one for the whole model, so that gate and up of all experts share the rotated input.
     ``load_bits``: of nested integers (None: all). Where the banks hold fewer matrices than there are experts, the buffers
     ``into`` and ``share`` [E] say whose matrices serve the others (-1: nobody's) and by what their output is multiplied.
+    Matrices of an expert that is left with fewer neurons are in banks of their own: of gate and up they fill the first places of
+    what enters down, and of down they read these.
     """
 
     def __init__(self, layout: ExpertsLayout, contents: dict[str, dict[str, int]], dtype: torch.dtype, seed: int = 0,
@@ -33,10 +36,13 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.layout, self.contents, self.seed = layout, contents, seed
         for projection, schemes in contents.items():
-            rows, cols = layout.shape(projection)
             banks = nn.ModuleDict()
             for name, count in schemes.items():
-                bank = make_bank(Scheme.parse(name), count, rows, cols, dtype, seed, load_bits)
+                scheme = Scheme.parse(name)
+                if scheme.width >= layout.width:
+                    raise UserError(f"config.json tells of a bank {name} of experts with {scheme.width} neurons left",
+                                    expected=f"fewer than {layout.width}", remedy="copy or compress the folder again")  # fmt: skip
+                bank = make_bank(scheme, count, *layout.shape(projection, scheme.width), dtype, seed, load_bits)
                 bank.register_buffer("experts", torch.empty(count, dtype=torch.int32))
                 banks[name] = bank
             self.add_module(f"{projection}_banks", banks)
@@ -68,6 +74,15 @@ class PackedExperts(nn.Module):
                                 remedy="copy or compress the folder again")  # fmt: skip
             for bank in self.banks(projection).values():
                 bank.check()
+        widths = {projection: self.widths(projection) for projection in self.contents}
+        if any(found != widths[DOWN] for found in widths.values()):
+            raise UserError(f"The banks of {name} do not say how many neurons its experts have", expected="experts with the same number in gate, "
+                            "up and down", got=str(widths), remedy="copy or compress the folder again")  # fmt: skip
+
+    def widths(self, projection: str) -> dict[int, int]:
+        """Expert -> how many neurons it is left with, for those that have fewer; as the banks of a projection have it."""
+        return {expert: width for name, bank in self.banks(projection).items() if (width := Scheme.parse(name).width)
+                for expert in bank.experts.tolist()}  # fmt: skip
 
     def settle(self) -> None:
         """Once loaded: nested integers become ordinary ones, under the name of what the file has."""
@@ -128,12 +143,29 @@ class PackedExperts(nn.Module):
 
     def project(self, projection: str, x: torch.Tensor, expert: torch.Tensor, turned: torch.Tensor | None = None,
                 reduced: dict[str, torch.Tensor] | None = None) -> torch.Tensor:  # fmt: skip
-        """x [S, in], expert [S] -> [S, out], each row by its expert's matrix. ``turned``: x rotated, where any bank turns.
-        ``reduced``: of `reduced` for the T tokens of x, each of which has S / T rows."""
+        """x [S, in], expert [S] -> [S, out], each row by its expert's matrix, with zeros behind what a thinner expert gives.
+        ``turned``: x rotated, where any bank whose matrices read all of it turns. ``reduced``: of `reduced` for the T tokens of x,
+        each of which has S / T rows."""
+        total = None
+        for width, banks in self._by_width(projection).items():
+            if width and projection == DOWN:  # a row of another expert is multiplied with nothing
+                some = x[:, :width].contiguous()
+                y = self._sum(projection, banks, some, expert, self._turned(banks, some), {})
+            else:
+                y = self._sum(projection, banks, x, expert, turned, reduced or {})
+            if width and projection != DOWN:
+                y = pad(y, (0, self.layout.width - width))
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    def _sum(self, projection: str, banks: dict[str, Any], x: torch.Tensor, expert: torch.Tensor, turned: torch.Tensor | None,
+             reduced: dict[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
+        """The same for some of the banks, all of one shape."""
         straight = back = None
-        for name, bank in self.banks(projection).items():
+        for name, bank in banks.items():
             slots = self.slot_table(projection, name, x.device)[expert]
-            if reduced and name in reduced:
+            if name in reduced:
                 part = bank.of_reduced(reduced[name].repeat_interleave(len(x) // len(reduced[name]), dim=0), slots)
             else:
                 part = bank.product(turned if bank.turns else x, slots)
@@ -147,9 +179,21 @@ class PackedExperts(nn.Module):
         y = turn_back(back, self.seed).to(x.dtype)  # once for all banks: each left the others' rows at zero
         return y if straight is None else y + straight
 
+    def _by_width(self, projection: str) -> dict[int, dict[str, Any]]:
+        """Neurons that experts are left with (0: all) -> the banks of such experts."""
+        found: dict[int, dict[str, Any]] = {}
+        for name, bank in self.banks(projection).items():
+            found.setdefault(bank.scheme.width, {})[name] = bank
+        return found
+
+    def _turned(self, banks: dict[str, Any], x: torch.Tensor) -> torch.Tensor | None:
+        return turn(x, self.seed) if any(bank.turns for bank in banks.values()) else None
+
     def turned(self, projection: str, x: torch.Tensor) -> torch.Tensor | None:
-        """x rotated if any bank of the projection wants that."""
-        return turn(x, self.seed) if any(bank.turns for bank in self.banks(projection).values()) else None
+        """x rotated if any bank of the projection wants that, of down: any of experts that have all neurons."""
+        banks = self._by_width(projection)
+        wanted = banks.get(0, {}) if projection == DOWN else {name: bank for some in banks.values() for name, bank in some.items()}
+        return self._turned(wanted, x)
 
     def reduced(self, projection: str, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """Bank with a shared basis -> B x of every token, whatever its experts: hidden [T, d] -> [T, q]. Nothing where x needs
@@ -161,9 +205,9 @@ class PackedExperts(nn.Module):
     def dequantized(self, projection: str, dtype: torch.dtype) -> torch.Tensor:
         """[E, out, in]"""
         rows, cols = self.layout.shape(projection)
-        weights = torch.empty(self.layout.experts, rows, cols, dtype=dtype)
+        weights = torch.zeros(self.layout.experts, rows, cols, dtype=dtype)
         for bank in self.banks(projection).values():
-            weights[bank.experts.long()] = bank.dequantized(dtype)
+            weights[bank.experts.long(), : bank.rows, : bank.cols] = bank.dequantized(dtype)
         if self.aliased:
             into = self.into.long()
             weights = weights[torch.where(into < 0, into.max(), into)]  # any, times zero
@@ -182,7 +226,8 @@ class PackedExperts(nn.Module):
                     ) -> torch.Tensor:  # fmt: skip
         """What the experts module computes: hidden [T, d], chosen [T, k], weights [T, k] -> [T, d].
 
-        ``module`` is the family's own experts module: its activation, biases and norms are used as they are.
+        ``module`` is the family's own experts module: its activation, biases and norms are used as they are. Of a thinner expert
+        what the activation makes of the places that it does not fill is not read.
         """
         tokens, top_k = chosen.shape
         if self.aliased:
@@ -229,9 +274,9 @@ class PackedExperts(nn.Module):
                 slots = torch.full((len(x),), slot, dtype=torch.int32, device=x.device)
                 if name in reduced.get(projection, {}):
                     return bank.of_reduced(reduced[projection][name][token], slots)
-                if not bank.turns:
-                    return bank.product(x, slots)
-                return turn_back(bank.product(turn(x, self.seed), slots), self.seed).to(x.dtype)
+                x = x[:, : bank.cols].contiguous()
+                y = turn_back(bank.product(turn(x, self.seed), slots), self.seed).to(x.dtype) if bank.turns else bank.product(x, slots)
+                return y if projection == DOWN or not bank.scheme.width else pad(y, (0, self.layout.width - bank.rows))
         raise AssertionError(f"expert {expert} is in no bank of {projection}")
 
 

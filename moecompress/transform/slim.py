@@ -21,7 +21,7 @@ from moecompress.errors import UserError
 from moecompress.model.checkpoint import write_shard
 from moecompress.model.experts import DOWN
 from moecompress.model.walk import OpenModel
-from moecompress.quantize.hessian import factor
+from moecompress.quantize.neurons import activation, best, error, greedy, repaired, take
 from moecompress.transform import gradient
 from moecompress.transform.outputs import canonical, stored
 from moecompress.transform.regroup import NEURON_AXIS
@@ -29,9 +29,6 @@ from moecompress.transform.rewrite import Site, rewrite
 from moecompress.transform.shrink import WIDTH, size_of
 
 SCORES = ("greedy", "activation", "slimmoe", "random")
-#: At most so often does `greedy` look for the next neurons to leave out. With 64 looks its error is within 1 % of one look a
-#: neuron, and the time for wide experts is that of a few products of their Hessians.
-STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -59,86 +56,10 @@ class Slimming:
         return Slimming(score, count, repair, damping, seed)
 
 
-# --- one chunk of experts: functions on tensors -----------------------------------------------------------------------
-
-
-def activation(down: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """[n, m]: what leaving out one neuron c alone adds to the squared error of an expert's output, E[a_c²] · ‖down[:, c]‖².
-
-    down: [n, d, m]. inner: [n, m, m] second moments of what enters down, weighted by the squared combine weight.
-    """
-    return inner.diagonal(dim1=-2, dim2=-1) * down.square().sum(1)
-
-
-def best(values: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` neurons with the highest values [n, m] of each expert, ascending: int64 [n, count]. Of equals, the first."""
-    return values.double().sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
-
-
-def greedy(down: torch.Tensor, inner: torch.Tensor, count: int, damping: float, names: list[str], steps: int = STEPS) -> torch.Tensor:
-    """Neurons to keep, ascending: int64 [n, count]. Backward: again and again the neuron goes whose absence costs least once
-    the others are refitted (optimal brain surgeon, Hassibi and Stork 1993, on the columns of down).
-
-    With H⁻¹ and D of the neurons that are left, that cost is ‖D[:, c]‖² / (H⁻¹)_cc. Of D only DᵀD is needed. Above ``steps``
-    neurons to leave out, several go at a time. Arguments as of `repaired`; the ridge is that of all neurons.
-    """
-    upper, _ = factor(inner, damping, names)
-    inverse, gram = upper.transpose(1, 2) @ upper, down.transpose(1, 2) @ down  # (n, m, m)
-    width = down.shape[-1]
-    alive = torch.ones(len(down), width, dtype=torch.bool)
-    least = torch.finfo(torch.float32).tiny
-    while (left := int(alive[0].sum()) - count) > 0:
-        cost = gram.diagonal(dim1=1, dim2=2).clamp_min(0) / inverse.diagonal(dim1=1, dim2=2).clamp_min(least)
-        gone = cost.masked_fill(~alive, torch.inf).topk(min(left, -(-(width - count) // steps)), largest=False).indices
-        columns, effect = _take(inverse, gone, 2), _take(gram, gone, 2)  # (n, m, b)
-        refit = torch.linalg.solve(_take(columns, gone, 1), columns.transpose(1, 2))  # (n, b, m)
-        half = (effect - refit.transpose(1, 2) @ _take(effect, gone, 1) / 2) @ refit
-        gram -= half + half.transpose(1, 2)
-        inverse -= columns @ refit
-        alive.scatter_(1, gone, False)
-    return alive.nonzero()[:, 1].view(len(down), count)
-
-
 def sliced(weights: Mapping[str, torch.Tensor], keep: torch.Tensor) -> dict[str, torch.Tensor]:
     """Canonical tensors [n, ...] with only the neurons ``keep`` [n, count] of each expert."""
-    return {name: _take(tensor, keep, NEURON_AXIS[name]) if name in NEURON_AXIS else tensor.clone()
+    return {name: take(tensor, keep, NEURON_AXIS[name]) if name in NEURON_AXIS else tensor.clone()
             for name, tensor in weights.items()}  # fmt: skip
-
-
-def repaired(down: torch.Tensor, inner: torch.Tensor, keep: torch.Tensor, damping: float, names: list[str]) -> torch.Tensor:
-    """down [n, d, count] of the kept neurons that comes nearest to what all neurons gave: float32.
-
-    Ridge regression of the lost part on the kept activations: D[:, keep] + D[:, gone] H[gone, keep] (H[keep, keep] + λI)⁻¹
-    with λ = damping · mean diag H. It minimises the expected squared error of the output plus λ times the squared change, so
-    where the data say nothing, down stays as it is. Arguments as of `activation`; names: of the experts, for errors.
-    """
-    gone = complement(keep, down.shape[-1])
-    cross = _take(_take(inner, gone, 1), keep, 2)  # (n, m - count, count)
-    upper, _ = factor(_take(_take(inner, keep, 1), keep, 2), damping, names)
-    lost = _take(down, gone, 2) @ cross @ upper.transpose(1, 2) @ upper
-    return _take(down, keep, 2) + lost
-
-
-def error(down: torch.Tensor, new: torch.Tensor, inner: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """[n]: squared error of the experts' outputs, relative to their squared size. new: [n, d, count]; others as of `repaired`."""
-    change = down.scatter_add(2, keep[:, None].expand_as(new), -new)
-    size = ((down @ inner) * down).sum((1, 2))
-    return ((change @ inner) * change).sum((1, 2)) / size.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def complement(keep: torch.Tensor, width: int) -> torch.Tensor:
-    """The neurons that are not in ``keep`` [n, count], ascending: int64 [n, width - count]."""
-    gone = torch.ones(len(keep), width, dtype=torch.bool).scatter(1, keep, False)
-    return gone.nonzero()[:, 1].view(len(keep), width - keep.shape[1])
-
-
-def _take(tensor: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
-    """``tensor`` [n, ...] with the entries ``index`` [n, count] of ``axis``, other ones for each expert."""
-    shape = [1] * tensor.ndim
-    shape[0], shape[axis] = index.shape
-    wanted = list(tensor.shape)
-    wanted[axis] = index.shape[1]
-    return tensor.gather(axis, index.view(shape).expand(wanted))
 
 
 # --- the record -----------------------------------------------------------------------------------------------------

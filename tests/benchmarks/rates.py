@@ -99,7 +99,8 @@ def decode_times(methods: list[str]) -> dict[str, float]:
     from moecompress.evaluate.bench import SHAPES, measure
     from moecompress.pack.scheme import Scheme
 
-    names = {name for method in methods if ":" not in method for name in method.split("+")} | {name for name in TRELLIS if any(":" in method for method in methods)}
+    uniform = {name for method in methods if ":" not in method for name in method.split("+")}
+    names = uniform | {name for name in TRELLIS if any(":" in method for method in methods)}
     found = measure(SHAPES["qwen3-30b-a3b"], [Scheme.parse(name) for name in sorted(names)], [1], 8 << 30, 40)
     return {row["weights"]: row["microseconds_per_token"] for row in found["results"]}
 
