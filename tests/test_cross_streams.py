@@ -68,7 +68,8 @@ def test_the_second_stream_is_the_original(tiny_model, text_file, tmp_path):
             assert beside.hidden is not None
             assert torch.allclose(beside.hidden, expected[layer], atol=1e-3)
             assert all(weight.is_meta for weight in beside.opened.layers[layer].parameters())  # gone again
-            beside.keep()
+            if layer == 0:
+                beside.keep()
     with Original(job.open(), calibration, tmp_path) as again:  # a layer behind what the other walk needs
         again.restore(2)
         again.look(2)
