@@ -53,6 +53,7 @@ from moecompress.progress import notice
 from moecompress.prune import account, transformed, without_fates
 from moecompress.route.folder import Wish, choose, learned, record_of, store, worth
 from moecompress.route.frontier import Bench
+from moecompress.runtime import pruner
 from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
 from moecompress.runtime.skipping import KEY
@@ -145,6 +146,8 @@ def quantize(job: Job, out: Path, *, fresh: bool = False, dry_run: bool = False)
         ready, manifest["repair"] = repaired(job, ready, summaries[winner], work / "repair")
     if job.recipe.route.policy != "none":
         manifest["routing"] = skipping(job, ready)
+        if manifest["routing"]["kept"] and (ready / pruner.FILE).exists():
+            manifest["total_bytes"] += (ready / pruner.FILE).stat().st_size
     if steps:
         manifest |= account(job, steps, manifest["tensors"])
     finish(ready, manifest, out)

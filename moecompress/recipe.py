@@ -491,7 +491,7 @@ class RouteRecipe(_Section):
     renormalise: bool | None = None
     #: share of the tokens, those that get most attention, that lose no expert; null: as in the policy's paper (odp: 0.02)
     protect: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] | None = None
-    #: training steps; null: 200 for otp, 300 for compressed-experts
+    #: otp and compressed-experts: training steps; null: 200
     steps: Count | None = None
     #: compressed-experts: experts of a token that compute; null: half of them, rounded up
     main: Count | None = None

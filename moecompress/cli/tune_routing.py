@@ -37,7 +37,7 @@ def command(
         typer.Option(min=0, max=0.99, help="Share of tokens, those that get most attention, that lose no expert. "
                      "Default: as the policy's paper, which is 0.02 for odp and none for the others."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="otp and compressed-experts: training steps; 200 and 300 if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="otp and compressed-experts: training steps; 200 if not given.")] = None,
     main: Annotated[int | None, typer.Option(min=1, help="compressed-experts: experts of a token that compute; half of them if not given.")] = None,
     reference: Annotated[
         str | None,

@@ -35,7 +35,7 @@ class Training:
     """``main``: experts of a token that compute. ``rate``: first learning rate; it falls to zero by a cosine. ``batch``: sequences."""
 
     main: int
-    steps: int = 300
+    steps: int = 200
     rate: float = 0.01
     batch: int = 4
     renormalise: bool = True

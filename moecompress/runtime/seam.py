@@ -27,7 +27,8 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
         return compute(self, hidden_states, top_k_index, top_k_weights)
     chosen, weights = skipping(hidden_states, top_k_index, top_k_weights)
     if (vectors := getattr(skipping, "vectors", None)) is not None:
-        return compute_scaled(self, hidden_states, chosen, weights, vectors(top_k_index, top_k_weights, chosen))
+        scales = vectors.to(hidden_states.device)(top_k_index, top_k_weights, chosen)
+        return compute_scaled(self, hidden_states, chosen, weights, scales)
     if getattr(skipping, "policy", None) == "dynamic-bits":
         return compute_split(self, hidden_states, top_k_index, chosen, weights)
     return compute_left(self, hidden_states, chosen, weights)

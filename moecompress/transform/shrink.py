@@ -87,8 +87,9 @@ def shrink(opened: OpenModel, field: str, count: int, folder: Path, trust_remote
     whole = size_of(opened, field)
 
     kept = dict(opened.checkpoint.config)
-    if field == EXPERTS and kept.pop(KEY, None):
-        notice("the model's routing policy was tuned for more experts and is left out; see `moecompress tune-routing`")
+    # Thresholds and masks are about how many experts there are, the vectors of compressed experts also about how wide they are.
+    if (field == EXPERTS or (kept.get(KEY) or {}).get("policy") == "compressed-experts") and kept.pop(KEY, None):
+        notice("the model's routing policy was tuned for other experts and is left out; see `moecompress tune-routing`")
 
     def build(numbers: Mapping[str, int]) -> PreTrainedModel:
         config = reduce(lambda done, key: with_number(done, key, numbers[key]), numbers, kept)
