@@ -178,6 +178,8 @@ class Plan:
                  for name, control in self.controls.items()]  # fmt: skip
         if self.gap is not None:
             lines.append(f"at most {self.gap:.2%} of the predicted harm could be saved at this size")
+        if self.merged:
+            lines.append(f"experts that layers {', '.join(map(str, self.merged))} leave out are merged into others")
         table.caption = "\n".join(lines) or None
         return table
 

@@ -213,8 +213,11 @@ class _Shedding:
     # --- merged -----------------------------------------------------------------------------------------------------
 
     def merged(self) -> list[_Way]:
-        """Groups as of `shared`. Every group of a level that the level before did not have is fitted, on tokens that the error is
-        not measured on: twice min(m, pairs)³ / 3 + pairs · m · min(m, pairs) products."""
+        """Groups as of `shared`, so nothing more is looked for; and as there, an error measured with the weights that there would be.
+
+        What it costs beyond that: every level has one or a few groups that the level before did not have, and each of these is
+        fitted twice, for n = min(m, pairs) by n³ / 3 + n · m · pairs products, on tokens that the error is not measured on.
+        """
         ways = []
         fitted: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         for into, share in self._near_groups:
