@@ -23,7 +23,7 @@ from moecompress.kernels.ops import native_status
 from moecompress.pack.scheme import DICTIONARY, LOW_RANK, Scheme
 from moecompress.progress import notice, track
 from moecompress.quantize.encode import Settings, encode
-from moecompress.runtime.bank import PackedBank, make_bank, turn, turn_back
+from moecompress.runtime.bank import PackedBank, SharedBasis, make_bank, turn, turn_back
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,16 @@ def _contenders(shape: Shape, schemes: list[Scheme], memory: int) -> tuple[list[
 
 
 def _packed_step(gate: PackedBank, up: PackedBank, down: PackedBank) -> Callable[[Tensor, list[list[int]]], None]:
-    def product(bank: PackedBank, x: Tensor, slots: Tensor) -> Tensor:
+    def product(bank: PackedBank, x: Tensor, slots: Tensor, tokens: Tensor | None = None) -> Tensor:
+        if isinstance(bank, SharedBasis) and tokens is not None:  # as in a model: once for each token
+            return bank.of_reduced(bank.reduced(tokens).repeat_interleave(len(x) // len(tokens), dim=0), slots)
         return turn_back(bank.matmul(x, slots), 0) if bank.turns else bank.matmul(x, slots)
 
     def step(x: Tensor, routed: list[list[int]]) -> None:
         slots = torch.tensor([expert for token in routed for expert in token], dtype=torch.int32)
-        x = (turn(x, 0) if gate.turns else x).repeat_interleave(len(routed[0]), dim=0)
-        inner = silu(product(gate, x, slots)) * product(up, x, slots)
+        tokens = turn(x, 0) if gate.turns else x
+        x = tokens.repeat_interleave(len(routed[0]), dim=0)
+        inner = silu(product(gate, x, slots, tokens)) * product(up, x, slots, tokens)
         product(down, turn(inner, 0) if down.turns else inner, slots)
 
     return step
