@@ -46,7 +46,8 @@ def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Seque
                 whole = anatomy.moe[info.layer].layout.width if width and info.layer is not None else 0
                 fate |= {"fate": slimmed_to(width, whole) if width else "quantized", "into": f"{module}.packed"}
         elif info.target in changed:
-            fate["fate"] = "sliced" if info.role == ROUTER else "of the experts left"
+            others = "of the experts left" if info.layer in (dropped or {}) else "of the neurons left first"
+            fate["fate"] = "sliced" if info.role == ROUTER else others
         elif (linear := info.target.removesuffix(".weight")) in schemes:
             fate |= {"fate": "quantized", "into": f"{linear}.packed", "scheme": schemes[linear]}
         else:

@@ -8,7 +8,7 @@ from torch import nn
 
 from moecompress.calibrate.capture import Capture, route
 from moecompress.calibrate.moments import ExpertMoments, expert_moments
-from moecompress.calibrate.thinner import by_width, sorted_biases, thinned, widened, widths_of
+from moecompress.calibrate.thinner import by_width, sorted_bias, thinned, widened, widths_of
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate
 from moecompress.quantize.neurons import greedy, greedy_many
 
@@ -119,7 +119,7 @@ def test_several_widths_in_one_go_are_nested() -> None:
 def test_biases_follow_their_neurons(experts: Experts) -> None:
     layout = layout_of(experts)
     kept = {1: torch.tensor([3, 7, 50]), 2: torch.tensor([0, 63])}
-    new = sorted_biases(experts, layout, kept)["gate_up_proj_bias"]
+    new = sorted_bias(experts.gate_up_proj_bias, layout, kept)
 
     def pair(bias: torch.Tensor) -> torch.Tensor:
         return torch.stack(bias.chunk(2) if experts.concatenated else (bias[::2], bias[1::2]), 1)  # (m, 2)
@@ -129,8 +129,8 @@ def test_biases_follow_their_neurons(experts: Experts) -> None:
         first = kept.get(expert, torch.arange(M))
         assert torch.equal(moved[: len(first)], old[first])
         assert sorted(map(tuple, moved.tolist())) == sorted(map(tuple, old.tolist()))
-    experts.has_bias = False
-    assert sorted_biases(experts, layout, kept) == {}
+    up = sorted_bias(experts.gate_up_proj_bias[:, :M], ExpertsLayout(E, D, M, False, True, False), kept)
+    assert torch.equal(up[1, :3], experts.gate_up_proj_bias[1, [3, 7, 50]])
 
 
 @pytest.mark.parametrize(("width", "wanted"), [(256, [192, 128, 64]), (768, [576, 384, 192]), (40, [32, 16]), (32, [16]), (16, []), (8, [])])
