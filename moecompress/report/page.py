@@ -9,7 +9,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moecompress.prune import worst_layer
 from moecompress.report import plots
-from moecompress.report.records import Records, errors_by_layer, experts_by_layer, fates_by_role, points, slimmed, total_of
+from moecompress.report.records import (
+    Records,
+    errors_by_layer,
+    experts_by_layer,
+    fates_by_role,
+    points,
+    slimmed,
+    total_of,
+)
 
 
 def render(records: Records) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -111,7 +113,7 @@ def test_several_widths_in_one_go_are_nested() -> None:
     a = torch.randn(3, 200, 40, generator=g) @ torch.randn(3, 40, 40, generator=g)
     down, inner = torch.randn(3, 7, 40, generator=g), a.transpose(1, 2) @ a / 200
     found = greedy_many(down, inner, [30, 20, 10], 0.01, ["a", "b", "c"])
-    for wide, narrow in zip(found, found[1:], strict=False):
+    for wide, narrow in pairwise(found):
         assert all(set(narrow[e].tolist()) < set(wide[e].tolist()) for e in range(3))
     assert torch.equal(found[-1], greedy(down, inner, 10, 0.01, ["a", "b", "c"]))  # 30 to leave out: one at a time either way
 
