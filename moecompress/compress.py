@@ -18,7 +18,7 @@ from moecompress.calibrate.moments import chunk_size, entering_down, expert_mome
 from moecompress.calibrate.observe import Calibration, seam_on
 from moecompress.calibrate.original import Original
 from moecompress.calibrate.prediction import WATCHED, decoded, output_errors, sampled
-from moecompress.calibrate.thinner import by_width, sorted_biases, widened
+from moecompress.calibrate.thinner import by_width, sorted_bias, widened
 from moecompress.model.anatomy import ATTENTION, DENSE, SHARED, MoELayer, TensorInfo
 from moecompress.model.checkpoint import read_header, write_shard, write_text
 from moecompress.model.experts import DOWN, layout_of
@@ -337,11 +337,12 @@ def _pack_experts(opened: OpenModel, moe: MoELayer, capture: Capture, schemes: d
             record["measured"].update({f"{moe.module}.{numbers[expert]}.{p}": error for p, error in lost.items()})
         for name in layout.parameters:
             forget(experts._parameters[name][moments.experts[0] : moments.experts[-1] + 1])
-    served = {} if shared is None else {e: neurons[by] for e, by in enumerate(shared.into.tolist()) if by in neurons}
-    biases = sorted_biases(experts, layout, neurons | served) if neurons else {}
-    for name, bias in biases.items():
-        getattr(experts, name).data.copy_(bias)
-    sliced.update({f"{moe.module}.{name}": bias for name, bias in biases.items()})
+    if neurons and getattr(experts, "has_bias", False):
+        served = {} if shared is None else {e: neurons[by] for e, by in enumerate(shared.into.tolist()) if by in neurons}
+        bias = "gate_up_proj_bias" if layout.gated else "up_proj_bias"
+        own, where = getattr(experts, bias).data, f"{moe.module}.{bias}"
+        sliced[where] = sorted_bias(sliced.get(where, own), layout, neurons | served)
+        own.copy_(sorted_bias(own, layout, neurons | served))
     packed = pack_experts_in_place(experts, contents, opened.stored_dtype, settings.seed)
     tensors = {f"{moe.module}.down_proj": experts.down_proj.detach()}
     if shared is not None:

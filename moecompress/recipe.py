@@ -271,9 +271,10 @@ class AllocateRecipe(_Section):
     #: may experts be left out, so that the others have more bits? auto: where the target leaves less than 2.25 bits a weight.
     #: The plan with dropped experts must beat the one without on held-out text, unless compare is none
     drop: bool | Literal["auto"] = "auto"
-    #: may experts lose some of their neurons, so that the others have more bits? auto: as of drop. Only with granularity expert,
-    #: and not with quantize.target cross
-    slim: bool | Literal["auto"] = "auto"
+    #: may each expert lose a quarter, half or three quarters of its neurons, so that the others have more bits? auto: where the
+    #: target leaves less than 2.25 bits a weight, and measured as of drop. Only with granularity expert, and not with
+    #: quantize.target cross
+    slim: bool | Literal["auto"] = False
     #: stop when the result is further than this from the original: KL in nats a token, on held-out text (null: never)
     max_kl: Number | None = None
     #: pmq: exponents of the token share, of the mean routing weight and of the block error (arXiv:2410.06270)

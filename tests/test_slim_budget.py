@@ -75,7 +75,7 @@ def test_the_original_with_neurons_taken_out_by_hand(family: str, tmp_path: Path
         new = {p: own.dequantized(p, torch.float32) for p in layout.projections}
         down = old[DOWN].detach().clone()
         for expert in range(layout.experts):
-            (width,) = {b.rows for b in own.banks("up").values() if expert in b.experts} 
+            (width,) = {b.rows for b in own.banks("up").values() if expert in b.experts}
             thinner += width < layout.width
             places = [(old["up"][expert] == row).all(1).nonzero().item() for row in new["up"][expert][:width]]
             assert len(set(places)) == width and not new["up"][expert][width:].any() and not new[DOWN][expert][:, width:].any()
@@ -182,9 +182,9 @@ def test_damage_is_found(slim: Path, tmp_path: Path, damage: str) -> None:
                 first[0], second[0] = lists[other][0], lists[one][0]
                 save_file(tensors | {one: first, other: second}, path, metadata={"format": "pt"})
     else:
-        name, schemes = next((p, s) for contents_ in experts.values() for p, s in contents_.items() if any("w" in key for key in s))
+        schemes = next(s for contents_ in experts.values() for s in contents_.values() if any("w" in key for key in s))
         narrow = next(key for key in schemes if "w" in key)
         schemes[narrow.partition("w")[0] + ("w64" if damage == "too wide" else "w0")] = schemes.pop(narrow)
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="how many neurons|neurons left|no storage scheme"):
+    with pytest.raises(UserError, match=r"how many neurons|neurons left|no storage scheme"):
         AutoModelForCausalLM.from_pretrained(copy)

@@ -46,8 +46,10 @@ def by_width(chunks: Iterable[ExpertMoments], widths: Mapping[int, int], damping
              ) -> Iterator[ExpertMoments]:  # fmt: skip
     """Moments of all experts, those that keep the same number of neurons together. widths: expert -> neurons, for the thinner ones."""
     for moments in chunks:
-        for width in sorted({widths.get(expert, 0) for expert in moments.experts}):
-            some = moments.take([i for i, expert in enumerate(moments.experts) if widths.get(expert, 0) == width])
+        groups = sorted({widths.get(expert, 0) for expert in moments.experts})
+        # All copies first: who is done with some experts may give the memory of the whole chunk's weights back.
+        parts = [moments.take([i for i, expert in enumerate(moments.experts) if widths.get(expert, 0) == width]) for width in groups]
+        for width, some in zip(groups, parts, strict=True):
             yield next(thinned(some, [width], damping, module, allow_fallback))[0] if width else some
 
 
@@ -63,18 +65,16 @@ def widened(weights: Mapping[str, torch.Tensor], keep: torch.Tensor, layout: Exp
     return whole
 
 
-def sorted_biases(module: torch.nn.Module, layout: ExpertsLayout, kept: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The biases of gate and up with those of the ``kept`` neurons [width] of thinner experts first, by parameter: what the first
-    rows of gate and up give comes from these neurons. Empty where a family has none."""
-    if not getattr(module, "has_bias", False):
-        return {}
+def sorted_bias(bias: torch.Tensor, layout: ExpertsLayout, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The bias [E, m] of up, or [E, 2m] of gate and up, with what belongs to the ``kept`` neurons [width] of thinner experts first:
+    the first rows of gate and up are those of these neurons."""
     order = torch.arange(layout.width).repeat(layout.experts, 1)
     for expert, keep in kept.items():
         gone = torch.ones(layout.width, dtype=torch.bool)
         gone[keep] = False
         order[expert] = torch.cat([keep, gone.nonzero().flatten()])
     if not layout.gated:
-        return {"up_proj_bias": module.up_proj_bias.gather(1, order)}
-    halves = (order, order + layout.width) if layout.concatenated else (2 * order, 2 * order + 1)
-    places = torch.cat(halves, 1) if layout.concatenated else torch.stack(halves, 2).flatten(1)
-    return {"gate_up_proj_bias": module.gate_up_proj_bias.gather(1, places)}
+        return bias.gather(1, order)
+    if layout.concatenated:
+        return bias.gather(1, torch.cat([order, order + layout.width], 1))
+    return bias.gather(1, torch.stack([2 * order, 2 * order + 1], 2).flatten(1))

@@ -51,7 +51,8 @@ def fates(anatomy: Anatomy, schemes: dict[str, str], dropped: Mapping[int, Seque
                     fate |= {"refitted": {str(by): [e for e in into if into[e] == by] for by in sorted(set(into.values()))
                                           if not own or int(own[1]) == by}} if into else {}  # fmt: skip
         elif info.target in changed:
-            fate["fate"] = "sliced" if info.role == ROUTER else "of the experts left"
+            others = "of the experts left" if info.layer in (dropped or {}) else "of the neurons left first"
+            fate["fate"] = "sliced" if info.role == ROUTER else others
         elif (linear := info.target.removesuffix(".weight")) in schemes:
             fate |= {"fate": "quantized", "into": f"{linear}.packed", "scheme": schemes[linear]}
         else:

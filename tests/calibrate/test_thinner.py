@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from moecompress.calibrate.capture import Capture, route
 from moecompress.calibrate.moments import ExpertMoments, expert_moments
-from moecompress.calibrate.thinner import by_width, sorted_biases, thinned, widened, widths_of
+from moecompress.calibrate.thinner import by_width, sorted_bias, thinned, widened, widths_of
 from moecompress.model.experts import DOWN, GATE, UP, ExpertsLayout, activate
 from moecompress.quantize.neurons import greedy, greedy_many
 
@@ -111,7 +113,7 @@ def test_several_widths_in_one_go_are_nested() -> None:
     a = torch.randn(3, 200, 40, generator=g) @ torch.randn(3, 40, 40, generator=g)
     down, inner = torch.randn(3, 7, 40, generator=g), a.transpose(1, 2) @ a / 200
     found = greedy_many(down, inner, [30, 20, 10], 0.01, ["a", "b", "c"])
-    for wide, narrow in zip(found, found[1:], strict=False):
+    for wide, narrow in pairwise(found):
         assert all(set(narrow[e].tolist()) < set(wide[e].tolist()) for e in range(3))
     assert torch.equal(found[-1], greedy(down, inner, 10, 0.01, ["a", "b", "c"]))  # 30 to leave out: one at a time either way
 
@@ -119,7 +121,7 @@ def test_several_widths_in_one_go_are_nested() -> None:
 def test_biases_follow_their_neurons(experts: Experts) -> None:
     layout = layout_of(experts)
     kept = {1: torch.tensor([3, 7, 50]), 2: torch.tensor([0, 63])}
-    new = sorted_biases(experts, layout, kept)["gate_up_proj_bias"]
+    new = sorted_bias(experts.gate_up_proj_bias, layout, kept)
 
     def pair(bias: torch.Tensor) -> torch.Tensor:
         return torch.stack(bias.chunk(2) if experts.concatenated else (bias[::2], bias[1::2]), 1)  # (m, 2)
@@ -129,8 +131,8 @@ def test_biases_follow_their_neurons(experts: Experts) -> None:
         first = kept.get(expert, torch.arange(M))
         assert torch.equal(moved[: len(first)], old[first])
         assert sorted(map(tuple, moved.tolist())) == sorted(map(tuple, old.tolist()))
-    experts.has_bias = False
-    assert sorted_biases(experts, layout, kept) == {}
+    up = sorted_bias(experts.gate_up_proj_bias[:, :M], ExpertsLayout(E, D, M, False, True, False), kept)
+    assert torch.equal(up[1, :3], experts.gate_up_proj_bias[1, [3, 7, 50]])
 
 
 @pytest.mark.parametrize(("width", "wanted"), [(256, [192, 128, 64]), (768, [576, 384, 192]), (40, [32, 16]), (32, [16]), (16, []), (8, [])])

@@ -121,7 +121,7 @@ def test_gradients_reach_the_inputs() -> None:
 @pytest.mark.parametrize("contents", [{"b16": 4, "b16w64": 1}, {"b16": 4, "b16w80": 1}, {"b16": 4, "b16w0": 1}, {"b16": 4, "w16": 1}])
 def test_widths_that_cannot_be(contents: dict[str, int]) -> None:
     layout = ExpertsLayout(EXPERTS, HIDDEN, WIDTH, False, True, True)
-    with pytest.raises(UserError, match="neurons left|no storage scheme"):
+    with pytest.raises(UserError, match=r"neurons left|no storage scheme"):
         PackedExperts(layout, {p: contents for p in layout.projections}, torch.float32)
 
 
