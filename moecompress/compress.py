@@ -402,7 +402,8 @@ def _empty_banks(layout, contents: dict[str, dict[str, int]], dtype: torch.dtype
     for projection, schemes in contents.items():
         for name, count in schemes.items():
             scheme = Scheme.parse(name)
-            banks[projection, name] = make_bank(scheme, count, *layout.shape(projection, scheme.width), dtype, seed)
+            rows, cols = layout.shape(projection, scheme.width)
+            banks[projection, name] = make_bank(scheme, count, rows, cols, dtype, seed)
     return banks
 
 

@@ -81,7 +81,7 @@ def look_ahead(job: Job, work: Path) -> None:
         elif isinstance(step, SlimStep):
             width = step.width * width if step.width < 1 else step.width
         else:
-            experts = step.keep * experts if step.keep < 1 else step.keep  # type: ignore[attr-defined]
+            experts = step.keep * experts if step.keep < 1 else step.keep
 
 
 def run(job: Job, step: Any, folder: Path, before: dict[str, Any] | None = None) -> dict[str, Any]:

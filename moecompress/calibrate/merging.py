@@ -54,7 +54,8 @@ class Group:
             gate = routed.gate[some].abs()[:, None] * (len(every) / max(1, len(some))) ** 0.5
             parts.append((gate * inner(module, layout, x, members[0]), gate * output(module, layout, x, expert), gate * bias,
                           torch.full((len(some),), position)))  # fmt: skip
-        return Group(*(torch.cat(column) for column in zip(*parts, strict=True)), size=len(members))
+        features, wanted, constant, member = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Group(features, wanted, constant, member, len(members))
 
     def fitted(self, down: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """The down matrix [d, m] for which the serving expert's output, times ``share`` [members], is nearest to what is wanted:
