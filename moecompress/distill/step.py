@@ -18,15 +18,16 @@ from moecompress.distill.state import Run, best
 from moecompress.distill.train import Settings, make_accelerator
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import compare
-from moecompress.job import Job
+from moecompress.job import Job, refuse_full_disk
 from moecompress.model.anatomy import EXPERT, EXPERT_BIAS, IGNORED, ROUTER
 from moecompress.model.memory import trim
 from moecompress.progress import notice
 from moecompress.recipe import DistillStep, Recipe
 from moecompress.runtime.loading import load
 
-#: Bytes of a trained weight beside the model's own: float32 master, its gradient, AdamW's two moments.
-TRAINED_BYTES = 16
+#: Bytes of a trained weight in memory beside the model's own: float32 master, its gradient, AdamW's two moments. And on disk, for
+#: going on: all but the gradient twice, as a state is complete before the one before it goes, and the best weights twice.
+TRAINED_BYTES, SAVED_BYTES = 16, 28
 
 
 def settings_of(step: DistillStep, recipe: Recipe) -> Settings:
@@ -92,6 +93,8 @@ def distilled(job: Job, step: DistillStep, before: dict[str, Any] | None, work: 
     ``tensors`` (name -> fate) and ``training``.
     """
     refuse(job, step)
+    state = SAVED_BYTES * _weights(job, step)
+    refuse_full_disk(work.shards.parent, job.opened.checkpoint.nbytes + state, "free space, choose another -o, or train less")
     work.make()
     settings = settings_of(step, job.recipe)
     if before is None:
@@ -134,16 +137,20 @@ def _trained(job: Job, step: DistillStep, settings: Settings, work: Work) -> Run
 
 def _record(job: Job, step: DistillStep, settings: Settings, run: Run) -> dict[str, Any]:
     used, _ = split_heldout(job.tokens, job.recipe.calibration.heldout)
-    names = trained(job.opened, step.train)
-    sizes = {name: parameter.numel() for name, parameter in job.opened.model.named_parameters()}
     record = {
         "steps": run.step,
         "best_step": run.best_step,
         "seconds": run.seconds,
         "tokens": run.step * settings.batch * settings.accumulate * used.ids.shape[1],
-        "weights": sum(sizes[name] for name in names),
+        "weights": _weights(job, step),
         "history": run.history,
         # How far the minutes went is up to the machine, and the learning rate follows the clock.
         "repeatable": step.minutes is None,
     }
     return record | ({"rounded": run.before} if settings.qat is not None else {})
+
+
+def _weights(job: Job, step: DistillStep) -> int:
+    """How many weights the step trains."""
+    sizes = {name: parameter.numel() for name, parameter in job.opened.model.named_parameters()}
+    return sum(sizes[name] for name in trained(job.opened, step.train))

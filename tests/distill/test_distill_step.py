@@ -38,7 +38,7 @@ START = "import sys; from moecompress.cli import main; sys.argv = ['moecompress'
 SETTINGS = ["calibration.sequences=136", "calibration.length=32", "calibration.heldout=8", "compute.micro_batch=8",
             "compute.dtype=float32"]  # fmt: skip
 SLIM = "{method: slim, width: 0.5}"
-DISTIL = "{method: distill, steps: 16, rate: 1.0e-3, batch: 16, accumulate: 1, check_every: 8}"
+DISTIL = "{method: distill, steps: 16, rate: 1.0e-3, batch: 16, accumulate: 1, check_every: 4}"
 RECIPE = Path(__file__).parents[2] / "recipes" / "slimmoe.yaml"
 
 
@@ -110,7 +110,7 @@ def test_what_the_manifest_says(made: Path, slim: Path) -> None:
     first, second = manifest["steps"]
     record = second["training"]
     assert (record["steps"], record["tokens"], record["kept"], record["repeatable"]) == (16, 16 * 16 * 32, True, True)
-    assert record["best_step"] in (8, 16) and record["seconds"] > 0
+    assert record["best_step"] in (4, 8, 12, 16) and record["seconds"] > 0
     assert second["expert_weights_left"] == first["expert_weights_left"] == manifest["expert_weights"] // 2
     one, other = roundtrip.stored(slim), roundtrip.stored(made)
     moved = {name for name in one if not torch.equal(one[name], other[name])}
@@ -122,7 +122,7 @@ def test_what_the_manifest_says(made: Path, slim: Path) -> None:
 
 def test_the_step_is_the_command(made: Path, slim: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     """Bit for bit, with another seed for the order of the text than the default would be no test of it."""
-    same = Settings(steps=16, rate=1e-3, batch=16, accumulate=1, check_every=8)
+    same = Settings(steps=16, rate=1e-3, batch=16, accumulate=1, check_every=4)
     record = distill(str(slim), str(tiny_model), tmp_path / "out", recipe_from(settings(text_file)), same)
     assert same_tensors(tmp_path / "out", made)
     mine = read_manifest(made)["steps"][1]["training"]
