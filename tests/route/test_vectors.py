@@ -294,7 +294,7 @@ def test_recipe(alike: Path, tmp_path: Path) -> None:
 
 def test_command(moecompress, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--text", text_file, "--sequences", 12, "--heldout", 4, "--length", 32, "--no-speed", "--dtype", "float32"]
-    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "routed", "--policy", "compressed-experts", "--steps", 20, *options)
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "routed", "--policy", "compressed-experts", "--steps", 20, "--renormalise", *options)
     assert ran.code == 0 and "vectors, trained in 20 steps" in ran.out, ran.err
     ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "no", "--policy", "compressed-experts", "--skip", 0.3, *options)
     assert ran.code != 0 and "--main" in ran.err
