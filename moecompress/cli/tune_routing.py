@@ -30,7 +30,7 @@ def command(
     renormalise: Annotated[
         bool | None,
         typer.Option("--renormalise/--no-renormalise", help="Let the experts left take over the weight of the skipped ones. "
-                     "Default: as the policy's paper, which is yes except for modes and dynamic-bits."),
+                     "Default: as the policy's paper, which is yes except for modes, dynamic-bits and compressed-experts."),
     ] = None,
     protect: Annotated[
         float | None,

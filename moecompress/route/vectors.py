@@ -2,8 +2,11 @@
 from itself computing all k.
 
 The paper finetunes the vectors together with the model on instructions, which takes its data and its GPUs. Here the model, packed
-or not, stays as it is, and the vectors, which start at 1, learn its next-token distributions: KL, on any text. The combine weights of
-the main experts grow to the sum of all k where ``renormalise`` is set; the paper does not say. See CHANGELOG for which was better.
+or not, stays as it is, and the vectors, which start at 1, learn its next-token distributions: KL, on any text.
+
+Whether the combine weights of the main experts grow to the sum of all k (``renormalise``) the paper does not say. On a model of 22 M
+parameters, one of its two experts a token computing, 80 steps of 2 sequences of 128 tokens, 12 held-out sequences: with growing weights
+0.0608 nats without vectors and 0.0484 with them, with weights as they are 0.0557 and 0.0465. So they stay as they are.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Training:
     steps: int = 200
     rate: float = 0.01
     batch: int = 4
-    renormalise: bool = True
+    renormalise: bool = False
     seed: int = 0
 
     def rate_at(self, step: int) -> float:

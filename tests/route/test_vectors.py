@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from roundtrip import SMALL, assert_close, load, plain, tokens
+from safetensors.torch import load_file, save_file
 from tiny import head_class, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -171,30 +173,42 @@ def test_choice_sentinels_and_protected_tokens() -> None:
 
 
 @pytest.fixture(scope="module")
-def tuned(make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def alike(make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose experts are alike, so that something is to be known about those that do not compute."""
+    source = Path(shutil.copytree(make("qwen3_moe"), tmp_path_factory.mktemp("alike") / "model"))
+    tensors = load_file(source / "model.safetensors")
+    others = [name for name in tensors if re.search(r"experts\.[1-9]", name)]
+    assert len(others) == 2 * 3 * 3  # three of four, in two layers
+    mixed = {name: torch.lerp(tensors[name], tensors[re.sub(r"experts\.\d", "experts.0", name)], 0.8) for name in others}
+    save_file(tensors | mixed, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+@pytest.fixture(scope="module")
+def tuned(alike: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("tuned") / "out"
     text = batches(40)
-    return out, route_folder.route(str(make("qwen3_moe")), out, "compressed-experts", tokens=text, heldout=6, steps=60)
+    return out, route_folder.route(str(alike), out, "compressed-experts", tokens=text, heldout=6, steps=60)
 
 
-def test_training_lowers_the_divergence(tuned, make) -> None:
+def test_training_lowers_the_divergence(tuned, alike: Path) -> None:
     out, record = tuned
     without, with_ = record["curve"][1:]
     assert with_["kl_mean"] < without["kl_mean"] and record["after"]["kl_mean"] == with_["kl_mean"]
     assert record["training"]["main"] == 1 and record["training"]["kl"] < record["training"]["kl_first"]
     assert record["skipped"] == record["calibration_skipped"] == 0.5
-    experts = list(find_experts(load(head_class("qwen3_moe"), make("qwen3_moe"))))
+    experts = list(find_experts(load(head_class("qwen3_moe"), alike)))
     assert record["vectors_bytes"] == len(experts) * 4 * (64 + 64 + 32) * 2
     file = (out / pruner.FILE).stat().st_size
     assert record["vectors_bytes"] < file < record["vectors_bytes"] + 2000
 
 
-def test_stored_folder_computes_what_was_measured(tuned, make) -> None:
+def test_stored_folder_computes_what_was_measured(tuned, alike: Path) -> None:
     out, _ = tuned
     policy = read_policy(out)
     assert policy is not None and all(any((v != 1).any() for v in one.parameters()) for one in policy.pruners.values())
     ids = batches(2).ids
-    whole = load(head_class("qwen3_moe"), make("qwen3_moe"))
+    whole = load(head_class("qwen3_moe"), alike)
     before = plain(whole, ids)
     route.apply(whole, policy)
     expected = plain(whole, ids)
@@ -264,11 +278,11 @@ RECIPE = ["calibration.length=24", "allocate.compare=none", "compute.micro_batch
           "compute.dtype=float32", "allocate.candidates=[{bits: 4, group: 32}]"]  # fmt: skip
 
 
-def test_recipe(make, tmp_path: Path) -> None:
+def test_recipe(alike: Path, tmp_path: Path) -> None:
     """Trained on the quantized model; what transformers loads computes what the record says."""
     small = ["calibration.sequences=30", "calibration.heldout=4", "route.policy=compressed-experts", "route.steps=40", "route.main=1", *RECIPE]
     out = tmp_path / "packed"
-    made = pipeline.quantize(pipeline.make_job(str(make("qwen3_moe")), recipe_from(small), tokens=batches(30)), out).manifest
+    made = pipeline.quantize(pipeline.make_job(str(alike), recipe_from(small), tokens=batches(30)), out).manifest
     record, ids = made["routing"], batches(2).ids
     assert record["kept"] and record["skipped"] == 0.5 and record["curve"][1]["kl_mean"] < record["curve"][0]["kl_mean"]
     loaded = load(head_class("qwen3_moe"), out)
@@ -280,7 +294,7 @@ def test_recipe(make, tmp_path: Path) -> None:
 
 def test_command(moecompress, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--text", text_file, "--sequences", 12, "--heldout", 4, "--length", 32, "--no-speed", "--dtype", "float32"]
-    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "routed", "--policy", "compressed-experts", "--steps", 20, *options)
+    ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "routed", "--policy", "compressed-experts", "--steps", 20, "--renormalise", *options)
     assert ran.code == 0 and "vectors, trained in 20 steps" in ran.out, ran.err
     ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "no", "--policy", "compressed-experts", "--skip", 0.3, *options)
     assert ran.code != 0 and "--main" in ran.err
