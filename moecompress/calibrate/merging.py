@@ -2,8 +2,9 @@
 
 The average of trained experts' weights is far from each of them, even with their neurons lined up (M-SMoE, arXiv:2310.01334,
 sec. 3.1). But an expert's output is linear in its down matrix: with its gate and up as they are, what comes nearest to the
-outputs of all members of a group is a regression. Neurons in line then no longer matter (measured: averaging gate and up, too,
-changes less than the fit's own noise).
+outputs of all members of a group is a regression. On a small trained model (16 experts, 10 of a layer's left out; squared error
+relative to the output's) another expert scaled loses 0.043, the average 0.066, this 0.014; with gate and up averaged before
+the regression, too, it is 0.014 again, so they are not.
 
 Letters: T pairs of a token and the expert that it chose, d hidden size, m width of an expert.
 """
@@ -54,7 +55,8 @@ class Group:
             gate = routed.gate[some].abs()[:, None] * (len(every) / max(1, len(some))) ** 0.5
             parts.append((gate * inner(module, layout, x, members[0]), gate * output(module, layout, x, expert), gate * bias,
                           torch.full((len(some),), position)))  # fmt: skip
-        return Group(*(torch.cat(column) for column in zip(*parts, strict=True)), size=len(members))
+        features, wanted, constant, member = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Group(features, wanted, constant, member, len(members))
 
     def fitted(self, down: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """The down matrix [d, m] for which the serving expert's output, times ``share`` [members], is nearest to what is wanted:
