@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from moecompress.allocate.candidates import unit_id
 from moecompress.allocate.plan import Plan
 from moecompress.calibrate import prediction
 from moecompress.calibrate.gradient import by_gradient, refuse_large
 from moecompress.calibrate.observe import observe
-from moecompress.calibrate.statistics import Statistics
+from moecompress.calibrate.statistics import Statistics, thinning_of
 from moecompress.compress import Work, compress, linear_schemes, role_bits
 from moecompress.distill.repair import refuse_little_memory, repair_routers
 from moecompress.errors import UserError
@@ -91,6 +92,8 @@ def calibrate(job: Job, work: Path) -> Statistics:
         if made == wanted and statistics.thinned >= thin and statistics.narrowed >= narrow:
             return statistics
         shutil.rmtree(work)
+    elif thin and any(thinning_of(load_file(path)) is None for path in work.glob("layer-*.safetensors")):
+        shutil.rmtree(work)  # an older version began it, which measured less
     if job.recipe.allocate.harm == "gradient":
         refuse_large(job.opened, job.tokens.ids.shape[1])
     measure = partial(thinning, ways_of(job)) if thin else None

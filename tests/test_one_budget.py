@@ -327,3 +327,7 @@ def test_statistics_without_merging_are_made_again(exact, tiny_model, text_file,
     save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("thinning.merged")}, path)
     assert not Statistics.load(folder).thinned
     assert pipeline.calibrate(exact_job(tiny_model, text_file), folder).thinned and Statistics.load(folder).thinned
+    (folder / "statistics.json").unlink()  # as if it had been stopped before the end
+    path = folder / "layer-0001.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "thinning.merged"}, path)
+    assert pipeline.calibrate(exact_job(tiny_model, text_file), folder).thinned

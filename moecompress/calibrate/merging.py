@@ -2,8 +2,9 @@
 
 The average of trained experts' weights is far from each of them, even with their neurons lined up (M-SMoE, arXiv:2310.01334,
 sec. 3.1). But an expert's output is linear in its down matrix: with its gate and up as they are, what comes nearest to the
-outputs of all members of a group is a regression. Neurons in line then no longer matter (measured: averaging gate and up, too,
-changes less than the fit's own noise).
+outputs of all members of a group is a regression. On a small trained model (16 experts, 10 of a layer's left out; squared error
+relative to the output's; first layer and fourth) another expert scaled loses 0.043 and 0.058, the average 0.066 and 0.098, this
+0.014 and 0.059. With gate and up averaged before the regression, too, it is the same, so they are not.
 
 Letters: T pairs of a token and the expert that it chose, d hidden size, m width of an expert.
 """
