@@ -3,7 +3,8 @@
     python tests/benchmarks/rates.py --model DIR --calibration A.txt --evaluation B.txt [--only t2 b2g64a plan:2] [--set quantize.refine=0]
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
-the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out.
+the same code; "plan" rows mix the trellis's rates under an average (`--target-bits`), "joint" rows may also leave experts out, "slim"
+rows make experts thinner, "every" rows both.
 KL and perplexity as `moecompress evaluate` measures them, in float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk:
 calibration passes, rounding, packing, writing.
 """
@@ -65,7 +66,7 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     kind, _, bits = method.partition(":")
     # A uniform plan has one candidate; its target only has to be wide enough.
     names = TRELLIS if bits else [kind]
-    recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={str(kind == 'joint').lower()}",
+    recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={str(kind in ('joint', 'every')).lower()}", f"allocate.slim={str(kind in ('slim', 'every')).lower()}",
                           f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
                           "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
@@ -76,7 +77,8 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     seconds = time.perf_counter() - start
     out = work / "built" / "out"
     measured = pipeline.load_and_measure(out, list(unseen.split(1)), reference, torch.float32).summary()
-    result = {"method": method, "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds, **measured}
+    result = {"method": method, "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds,
+              "predicted": chosen.harm, "dropped": chosen.dropped, "slimmed": chosen.slimmed, **measured}
     shutil.rmtree(work / "built")
     return result
 
