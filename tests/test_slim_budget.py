@@ -113,11 +113,11 @@ def test_written_bytes_are_predicted(slim: Path, tiny_model: Path, text_file: Pa
     assert plans.written_bytes(job, plan_of(slim)) == weight_bytes(slim)
 
 
-def test_a_size_of_the_whole_is_kept(tiny_model: Path, text_file: Path, slim: Path, tmp_path: Path) -> None:
-    size = weight_bytes(slim)
+def test_a_size_of_the_whole_is_kept(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    size = 260_000
     changes = [change for change in CODED if not change.startswith("target")]
     result = pipeline.quantize(job_of(tiny_model, text_file, f"target.size={size}", *changes), tmp_path / "out")
-    assert result.plan.slimmed and 0.97 * size <= weight_bytes(tmp_path / "out") <= size
+    assert result.plan.slimmed and 0.95 * size <= weight_bytes(tmp_path / "out") <= size
 
 
 def test_loads_every_way_and_generates(slim: Path, tiny_model: Path, text_file: Path, tmp_path: Path, moecompress) -> None:
@@ -139,9 +139,7 @@ def test_loads_every_way_and_generates(slim: Path, tiny_model: Path, text_file: 
 
 
 def test_the_report_lists_them(slim: Path, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    write_report(slim, page)
-    text = page.read_text()
+    text = write_report(Path(shutil.copytree(slim, tmp_path / "copy"))).read_text()
     width = next(width for found in read_manifest(slim)["slimmed"].values() for width in found.values())
     assert f"slimmed to {width} of 64" in text and "Thinner experts" in text
 

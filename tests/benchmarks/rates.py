@@ -4,7 +4,7 @@
 
 Only the routed experts are quantized; bits are those stored for them, everything counted. Uniform rows give every expert matrix
 the same code, rows "a+b" gate and up the code a and down b; "plan" rows mix the trellis's rates under an average (`--target-bits`),
-"joint" rows may also leave experts out.
+"joint" rows may also leave experts out, or merge them, "slim" rows make experts thinner, "every" rows both.
 KL and perplexity as `moecompress evaluate` measures them, in float32 (tests hold that to plain transformers). Encoding seconds are those of the whole walk:
 calibration passes, rounding, packing, writing. Decoding is one token through its eight experts of one layer of Qwen3-30B-A3B, whose weights
 come from memory: microseconds as `moecompress bench` measures them, all codes in turn, beside torch's bfloat16. A plan's time is
@@ -73,7 +73,8 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     kind, _, bits = method.partition(":")
     # A uniform plan has one candidate; its target only has to be wide enough.
     names = TRELLIS if bits else kind.split("+")
-    recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={str(kind == 'joint').lower()}",
+    drop, slim = (str(kind in kinds).lower() for kinds in (("joint", "every"), ("slim", "every")))
+    recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={drop}", f"allocate.slim={slim}",
                           f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
                           "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
@@ -86,10 +87,11 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     seconds = time.perf_counter() - start
     out = work / "built" / "out"
     measured = pipeline.load_and_measure(out, list(unseen.split(1)), reference, torch.float32).summary()
-    codes = Counter(choice.candidate for choice in chosen.choices if choice.candidate in decoding)  # those left out cost nothing
-    one_token = sum(count * decoding[code] for code, count in codes.items()) / len(chosen.choices)
+    codes = Counter(choice.candidate.partition("w")[0] for choice in chosen.choices)  # "t2w192": 192 neurons are left
+    one_token = sum(count * decoding.get(code, 0.0) for code, count in codes.items()) / len(chosen.choices)  # left out: nothing to do
     result = {"method": method, "codes": codes, "microseconds_per_token": one_token,
-              "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds, **measured}
+              "bits": record["bits_per_weight"], "bytes": record["total_bytes"], "seconds": seconds,
+              "predicted": chosen.harm, "dropped": chosen.dropped, "slimmed": chosen.slimmed, **measured}
     shutil.rmtree(work / "built")
     return result
 
