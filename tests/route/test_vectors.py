@@ -298,3 +298,12 @@ def test_command(moecompress, tiny_model: Path, text_file: Path, tmp_path: Path)
     assert ran.code == 0 and "vectors, trained in 20 steps" in ran.out, ran.err
     ran = moecompress("tune-routing", tiny_model, "-o", tmp_path / "no", "--policy", "compressed-experts", "--skip", 0.3, *options)
     assert ran.code != 0 and "--main" in ran.err
+
+
+def test_quantize_says_it(moecompress, tiny_model: Path, quick: list[str], tmp_path: Path) -> None:
+    wish = [part for change in ("policy=compressed-experts", "steps=2") for part in ("--set", f"route.{change}")]
+    ran = moecompress("quantize", tiny_model, "-o", tmp_path / "packed", "--target-bits", 5, *quick, *wish)
+    assert ran.code == 0 and "vectors of compressed experts: " in ran.out, ran.err
+    record = json.loads((tmp_path / "packed" / "moecompress" / "manifest.json").read_text())
+    shards = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert record["total_bytes"] == shards and (record["routing"]["kept"] == (tmp_path / "packed" / pruner.FILE).exists())
