@@ -56,7 +56,6 @@ from moecompress.runtime.skipping import KEY
 from moecompress.transform.shed import thinning
 from moecompress.transform.shrink import with_number
 
-
 #: What a plan's bar of progress is called.
 PROGRESS = {"uniform": "quantize, uniform plan", "bits": "quantize, all experts", "cross": "quantize, towards the original's outputs"}
 

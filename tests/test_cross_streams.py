@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from moecompress import pipeline
-from moecompress.calibrate.capture import recording
 from moecompress.calibrate.original import Original
 from moecompress.compress import Work
 from moecompress.model.walk import Walk
