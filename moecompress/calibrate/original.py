@@ -17,8 +17,8 @@ from moecompress.model.walk import OpenModel, Walk
 class Original:
     """A second walk, over a skeleton of its own, one layer ahead of the compressing one: `look`, compress, `keep`, and again.
 
-    Costs the forward work of the original once more. In memory, beside the other walk: its hidden states [T, d] and, while a
-    layer is compressed, what its experts are given, [T, d] again. Weights are of one layer, gone before the other walk's come.
+    Costs the forward work of the original once more. In memory, beside the other walk: its hidden states [T, d] and what the
+    experts of one layer are given, [T, d] again. Weights are of one layer, gone before the other walk's come.
     """
 
     def __init__(self, opened: OpenModel, calibration: Calibration, folder: Path):
