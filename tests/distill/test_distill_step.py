@@ -35,9 +35,9 @@ from moecompress.recipe import load_recipe, recipe_from, step_from
 pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
 
 START = "import sys; from moecompress.cli import main; sys.argv = ['moecompress', *sys.argv[1:]]; main()"
-SETTINGS = ["calibration.sequences=136", "calibration.length=32", "calibration.heldout=8", "compute.micro_batch=8",
+SETTINGS = ["calibration.sequences=264", "calibration.length=32", "calibration.heldout=8", "compute.micro_batch=8",
             "compute.dtype=float32"]  # fmt: skip
-SLIM = "{method: slim, width: 0.5}"
+SLIM = "{method: slim, width: 0.5, score: random, repair: false}"  # leaves much to regain
 DISTIL = "{method: distill, steps: 16, rate: 1.0e-3, batch: 16, accumulate: 1, check_every: 4}"
 RECIPE = Path(__file__).parents[2] / "recipes" / "slimmoe.yaml"
 
@@ -121,7 +121,7 @@ def test_what_the_manifest_says(made: Path, slim: Path) -> None:
 
 
 def test_the_step_is_the_command(made: Path, slim: Path, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    """Bit for bit, with another seed for the order of the text than the default would be no test of it."""
+    """Bit for bit."""
     same = Settings(steps=16, rate=1e-3, batch=16, accumulate=1, check_every=4)
     record = distill(str(slim), str(tiny_model), tmp_path / "out", recipe_from(settings(text_file)), same)
     assert same_tensors(tmp_path / "out", made)
@@ -145,7 +145,7 @@ def test_text_for_measuring_is_not_trained_on(tiny_model: Path, text_file: Path,
     prune(job, tmp_path / "out")
     unseen = {tuple(row.tolist()) for row in split_heldout(job.tokens, 8)[1].ids}
     trained = {tuple(row.tolist()) for ids in seen for row in ids}
-    assert len(trained) == 128 and not trained & unseen
+    assert len(trained) == 256 and not trained & unseen
 
 
 # --- what does not help, and what is too far ------------------------------------------------------------------------
