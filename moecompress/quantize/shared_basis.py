@@ -51,8 +51,8 @@ def coefficients(weights: torch.Tensor, hessian: torch.Tensor, basis: torch.Tens
     """A [n, o, q] with the least tr((W − A B) H (W − A B)ᵀ), and these errors by row [n, o]. hessian: [n, i, i], positive."""
     seen = weights @ hessian
     right = seen @ basis.T  # W H Bᵀ
-    lower, _ = torch.linalg.cholesky_ex((basis @ hessian @ basis.T).double())
-    found = torch.cholesky_solve(right.transpose(1, 2).double(), lower).transpose(1, 2).float()
+    inner = basis @ hessian @ basis.T  # not always positive to float32's precision, so no Cholesky factor
+    found = torch.linalg.solve(inner.double(), right.transpose(1, 2).double()).transpose(1, 2).float()
     left_over = (weights * seen).sum(-1, dtype=torch.float64) - (found * right).sum(-1, dtype=torch.float64)
     return found, left_over.clamp_min(0)
 
