@@ -68,8 +68,8 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     names = TRELLIS if bits else [kind]
     drop, slim = (str(kind in kinds).lower() for kinds in (("joint", "every"), ("slim", "every")))
     recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={drop}",
-                          f"allocate.slim={slim}", f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
-                          "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
+                          f"allocate.slim={slim}", f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none",
+                          "calibration.heldout=4", "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
     statistics = pipeline.calibrate(job, work / f"calibrate-{kind}")
     chosen, _ = plans.plan(job, statistics)
