@@ -50,11 +50,13 @@ class ExpertMoments:
         """Some of the experts."""
         if len(positions) == len(self.experts):
             return self
-        parts = ({name: stack[positions] for name, stack in found.items()}
-                 for found in (self.weights, self.hessians, self.row_weight, self.drift))  # fmt: skip
-        weights, hessians, row_weight, drift = parts
-        return ExpertMoments([self.experts[i] for i in positions], weights, hessians, row_weight, self.mass[positions], drift,
-                             None if self.keep is None else self.keep[positions])  # fmt: skip
+
+        def some(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: stack[positions] for name, stack in found.items()}
+
+        keep = None if self.keep is None else self.keep[positions]
+        return ExpertMoments([self.experts[i] for i in positions], some(self.weights), some(self.hessians), some(self.row_weight),
+                             self.mass[positions], some(self.drift), keep)  # fmt: skip
 
     @staticmethod
     def source(projection: str) -> str:

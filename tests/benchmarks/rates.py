@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 METHODS = ["t0_5", "t0_75", "d0_7", "d0_8", "d1", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "v2", "b2g64a", "b2g64a_o1",
-           "b3g64a", "b4g64a", "plan:1", "joint:1", "plan:1.5", "joint:1.5", "plan:2", "joint:2", "plan:2.5"]  # fmt: skip
+           "b3g64a", "b4g64a", "plan:1", "joint:1", "every:1", "plan:1.5", "joint:1.5", "plan:2", "joint:2", "plan:2.5"]  # fmt: skip
 TRELLIS = ["t0_5", "t0_75", "t1", "t1_25", "t1_5", "t2", "t2_5", "t3", "t4"]
 
 
@@ -75,9 +75,8 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     names = TRELLIS if bits else kind.split("+")
     drop, slim = (str(kind in kinds).lower() for kinds in (("joint", "every"), ("slim", "every")))
     recipe = recipe_from([f"target.bits={bits or 16}", f"allocate.allocator={'global' if bits else 'uniform'}", f"allocate.drop={drop}",
-                          f"allocate.slim={slim}",
-                          f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none", "calibration.heldout=4",
-                          "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
+                          f"allocate.slim={slim}", f"allocate.candidates=[{', '.join(map(candidate, names))}]", "allocate.compare=none",
+                          "calibration.heldout=4", "quantize.attention_bits=16", "quantize.shared_bits=16", "quantize.dense_bits=16", *changes])  # fmt: skip
     job = pipeline.make_job(str(model), recipe, tokens=tokens)
     statistics = pipeline.calibrate(job, work / f"calibrate-{kind}")
     chosen, _ = plans.plan(job, statistics)
