@@ -9,7 +9,7 @@ import torch
 
 from moecompress.quantize.hessian import damped_cholesky
 
-#: How far weights go from what they are (0) to the least-squares target (1).
+#: How far weights go from what they are (0) to the least-squares target (1). Not tuned yet.
 ALPHA = 0.5
 
 
