@@ -80,7 +80,7 @@ def test_trials_compare_rounded_matrices_with_what_was_expected(experts, capture
     inputs = {name: study(h, names, settings, SCHEMES) for name, h in moments.hessians.items()}
     expected = {name: expected_error(moments.weights[name], inputs[moments.source(name)], moments.row_weight[name], SCHEMES, settings)
                 for name in layout.projections}  # fmt: skip
-    ratio = tried(experts, layout, moments, 1, inputs, capture.hidden, routed, expected, SCHEMES, settings)
+    ratio = tried(experts, layout, moments, 1, inputs, capture.hidden, routed, expected, SCHEMES, settings, {})
     assert ratio.shape == (1, 3, 3) and ratio[..., 2].isnan().all()  # nothing is lost at 16 bits
     # Down is linear, so what rounding reports is what running the expert shows.
     for c, scheme in enumerate(SCHEMES[:2]):

@@ -315,7 +315,7 @@ def test_slimmoe_in_two_stages(tiny_model: Path, text_file: Path, tmp_path: Path
     recipe = load_recipe(RECIPE, ["calibration={sequences: 40, length: 32, heldout: 4}", f"calibration.text={json.dumps(str(text_file))}",
                                   "compute.dtype=float32"])  # fmt: skip
     assert [step.method for step in recipe.transform] == ["slim", "distill", "slim", "distill"]
-    short = tuple(step.model_copy(update={"steps": 6, "rate": 1e-3, "check_every": 2} if step.method == "distill" else {}) for step in recipe.transform)
+    short = tuple(step.model_copy(update={"steps": 12, "rate": 1e-4, "check_every": 2} if step.method == "distill" else {}) for step in recipe.transform)
     pipeline.quantize(pipeline.make_job(str(tiny_model), recipe.model_copy(update={"transform": short})), tmp_path / "out")
     manifest = read_manifest(tmp_path / "out")
     kl = [step["heldout"]["kl_mean"] for step in manifest["steps"]]
