@@ -9,8 +9,9 @@ import torch
 
 from moecompress.quantize.hessian import damped_cholesky
 
-#: How far weights go from what they are (0) to the least-squares target (1). Not tuned yet.
-ALPHA = 0.5
+#: How far weights go from what they are (0) to the least-squares target (1). On a small trained model at 2 bits (64 × 512
+#: calibration tokens, KL on unseen text): trellis 0.00793 at 0, 0.00662 at 0.5, 0.00642 at 1; GPTQ 0.01300, 0.01189, 0.01125.
+ALPHA = 1.0
 
 
 def mending(hessian: torch.Tensor, drift: torch.Tensor, damping: float) -> torch.Tensor:
