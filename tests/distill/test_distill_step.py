@@ -188,6 +188,7 @@ def test_minutes_are_said_to_be_what_they_are(tiny_model: Path, text_file: Path,
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_killed_runs_end_with_the_same_weights(tiny_model: Path, text_file: Path, tmp_path: Path, moecompress: Callable) -> None:
     step = "{method: distill, steps: 40, rate: 1.0e-3, batch: 8, accumulate: 1, check_every: 4, cross_entropy: 0.1, kd_share: 0.7}"
     command = [*options(text_file, SLIM, step, "{method: reap, keep: 6}")]
@@ -210,6 +211,7 @@ def test_killed_runs_end_with_the_same_weights(tiny_model: Path, text_file: Path
 # --- with other steps -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_any_order_then_quantized(tiny_model: Path, text_file: Path, tmp_path: Path, moecompress: Callable) -> None:
     """Two stages of two kinds; what one stage trained is what the next one starts from; the result runs and can be reported."""
     steps = ("{method: reap, keep: 0.75}", DISTIL, "{method: slim, width: 48}", DISTIL.replace("steps: 16", "train: experts+router, steps: 8"))
