@@ -11,8 +11,7 @@ which moves here until the share asked for is kept, instead of being guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,10 @@ from torch import nn
 
 from moecompress.errors import UserError
 from moecompress.model.anatomy import top_k_of
-from moecompress.model.experts import layout_of, parameters_from
+from moecompress.model.experts import layout_of
 from moecompress.progress import share_done
-from moecompress.runtime import seam
-from moecompress.runtime.loading import load
-from moecompress.runtime.packed import PackedExperts, PackedLinear
+from moecompress.route.learning import distance, frozen, refuse_infinite
 from moecompress.runtime.pruner import Pruner
-from moecompress.runtime.skipping import remove
 
 #: λ at the start, and its bounds: nats for all pairs.
 SPARSITY, SPARSITY_BOUNDS = 0.1, (1e-4, 1e3)
@@ -80,10 +76,7 @@ def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Trai
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="no")
-    model = load(folder, dtype, trust_remote_code)
-    remove(model)
-    unpack(model)
-    model = model.to(accelerator.device).requires_grad_(False)
+    model = frozen(folder, accelerator.device, dtype, trust_remote_code)
     pruners = nn.ModuleList(_pruner(model, name) for name in layers)
     optimizer = torch.optim.AdamW(pruners.parameters(), lr=training.rate, weight_decay=0.0)
     pruners, optimizer = accelerator.prepare(pruners, optimizer)
@@ -94,9 +87,7 @@ def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Trai
         for step in range(training.steps):
             rows = torch.randperm(len(ids))[: training.batch]
             loss, kept = _losses(model, layers, soft, ids[rows].to(accelerator.device), training.temperature_at(step))
-            if not math.isfinite(float(loss.detach())):
-                raise UserError(f"The loss of step {step + 1} is not finite", expected="a number", got=float(loss.detach()),
-                                remedy="compute in float32 (--dtype float32)")  # fmt: skip
+            refuse_infinite(float(loss.detach()), step)
             accelerator.backward(loss + sparsity * kept)
             optimizer.step()
             optimizer.zero_grad()
@@ -124,42 +115,7 @@ def _pruner(model: nn.Module, name: str) -> Pruner:
 def _losses(model: nn.Module, layers: Sequence[str], soft: Sequence[Soft], ids: torch.Tensor, temperature: float
             ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(KL in nats a token of the model waking all experts ‖ with masks drawn, mean share of pairs kept), on ids [B, L]."""
-    with torch.no_grad():
-        known = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    with _masked(model, layers, soft, temperature):
-        own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    loss = (known.exp() * (known - own)).sum(-1).mean()
-    return loss, torch.stack([one.kept[-1] for one in soft]).mean()
-
-
-@contextmanager
-def _masked(model: nn.Module, layers: Sequence[str], soft: Sequence[Soft], temperature: float) -> Iterator[None]:
-    seam.register()
-    modules: list[Any] = [model.get_submodule(name) for name in layers]
-    for module, one in zip(modules, soft, strict=True):
+    for one in soft:
         one.temperature, one.kept = temperature, []
-        module.skipping = one
-        module.config._experts_implementation = seam.NAME
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.skipping
-
-
-def unpack(model: nn.Module) -> None:
-    """Packed experts and linear layers become ordinary ones, through which gradients flow."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for name, module in list(model.named_modules()):
-        packed = getattr(module, "packed", None)
-        if isinstance(module, PackedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=dtype)
-            linear.weight = nn.Parameter(module.packed.dequantized(dtype)[0], requires_grad=False)
-            linear.bias = module.bias
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, linear)
-        elif isinstance(packed, PackedExperts):
-            weights = {p: packed.dequantized(p, dtype) for p in packed.layout.projections}
-            del module.packed
-            for key, value in parameters_from(weights, packed.layout).items():
-                setattr(module, key, nn.Parameter(value, requires_grad=False))
+    loss = distance(model, dict(zip(layers, soft, strict=True)), ids)
+    return loss, torch.stack([one.kept[-1] for one in soft]).mean()

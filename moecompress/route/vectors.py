@@ -12,8 +12,7 @@ parameters, one of its two experts a token computing, 80 steps of 2 sequences of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,8 @@ from torch import nn
 from moecompress.errors import UserError
 from moecompress.model.experts import layout_of
 from moecompress.progress import share_done
-from moecompress.route.otp import unpack
-from moecompress.runtime import seam
-from moecompress.runtime.loading import load
-from moecompress.runtime.skipping import Rule, Skipper, remove
+from moecompress.route.learning import distance, frozen, refuse_infinite
+from moecompress.runtime.skipping import Rule, Skipper
 from moecompress.runtime.vectors import Vectors
 
 POLICY = "compressed-experts"
@@ -65,10 +62,7 @@ def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Trai
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="no")
-    model = load(folder, dtype, trust_remote_code)
-    remove(model)
-    unpack(model)
-    model = model.to(accelerator.device).requires_grad_(False)
+    model = frozen(folder, accelerator.device, dtype, trust_remote_code)
     vectors = nn.ModuleList(Vectors.of(layout_of(model.get_submodule(name))) for name in layers)
     optimizer = torch.optim.AdamW(vectors.parameters(), lr=training.rate, weight_decay=0.0)
     vectors, optimizer = accelerator.prepare(vectors, optimizer)
@@ -77,11 +71,10 @@ def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Trai
         torch.manual_seed(training.seed)
         for step in range(training.steps):
             rows = torch.randperm(len(ids))[: training.batch]
-            loss = distance(model, dict(zip(layers, vectors, strict=True)), ids[rows].to(accelerator.device), training)
+            asked = few_experts(model, dict(zip(layers, vectors, strict=True)), training)
+            loss = distance(model, asked, ids[rows].to(accelerator.device))
             losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise UserError(f"The loss of step {step + 1} is not finite", expected="a number", got=losses[-1],
-                                remedy="compute in float32 (--dtype float32)")  # fmt: skip
+            refuse_infinite(losses[-1], step)
             for group in optimizer.param_groups:
                 group["lr"] = training.rate_at(step)
             accelerator.backward(loss)
@@ -98,25 +91,8 @@ def rounded(vectors: Vectors) -> Vectors:
     return Vectors.from_tensors(vectors.tensors()).requires_grad_(False)
 
 
-def distance(model: nn.Module, vectors: Mapping[str, Vectors], ids: torch.Tensor, training: Training) -> torch.Tensor:
-    """KL in nats a token of the model computing all experts ‖ computing ``main`` with vectors, on ids [B, L]."""
-    with torch.no_grad():
-        known = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    with few_experts(model, vectors, training):
-        own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    return (known.exp() * (known - own)).sum(-1).mean()
-
-
-@contextmanager
-def few_experts(model: nn.Module, vectors: Mapping[str, Vectors], training: Training) -> Iterator[None]:
-    seam.register()
+def few_experts(model: nn.Module, vectors: Mapping[str, Vectors], training: Training) -> dict[str, Skipper]:
+    """What experts modules ask while ``main`` experts of a token compute."""
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in vectors}
-    for name, module in modules.items():
-        rule = Rule(threshold=training.main, experts=module.num_experts)
-        module.skipping = Skipper(POLICY, rule, training.renormalise, vectors=vectors[name])
-        module.config._experts_implementation = seam.NAME
-    try:
-        yield
-    finally:
-        for module in modules.values():
-            del module.skipping
+    return {name: Skipper(POLICY, Rule(threshold=training.main, experts=module.num_experts), training.renormalise, vectors=vectors[name])
+            for name, module in modules.items()}  # fmt: skip

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import head_class, shake, tiny_config
+from tiny import experts_of
 
 from moecompress.calibrate.capture import Capture, route
 from moecompress.calibrate.merging import RIDGE, Group, members_of, merge
-from moecompress.model.experts import DOWN, find_experts, inner, layout_of, output, projections
+from moecompress.model.experts import DOWN, inner, layout_of, output, projections
 from moecompress.transform import align
 from moecompress.transform.outputs import canonical, stored
 from moecompress.transform.regroup import NEURON_AXIS, apply, merging
 
 T, E, D = 300, 4, 64
-
-
-def experts_of(family: str) -> torch.nn.Module:
-    """A family's experts module (E = 4, d = 64, m = 32 or 64) with random weights in float32."""
-    config = tiny_config(family)
-    config.dtype = torch.float32
-    model = head_class(family)._from_config(config)
-    shake(model)
-    return next(find_experts(model))[1]
 
 
 def capture() -> Capture:

@@ -13,6 +13,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moecompress.model.experts import find_experts
+
 VOCABULARY = 96
 EXPERTS = 4
 
@@ -223,3 +225,12 @@ def shake(model: PreTrainedModel) -> None:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.05 * noise)
+
+
+def experts_of(family: str) -> torch.nn.Module:
+    """A family's experts module (E = 4, d = 64, m = 32 or 64) with random weights in float32."""
+    config = tiny_config(family)
+    config.dtype = torch.float32
+    model = head_class(family)._from_config(config)
+    shake(model)
+    return next(find_experts(model))[1]

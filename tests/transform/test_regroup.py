@@ -7,11 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from tiny import head_class, shake, tiny_config
+from tiny import experts_of
 
 from moecompress.calibrate.capture import Capture, route
 from moecompress.errors import UserError
-from moecompress.model.experts import find_experts, layout_of
+from moecompress.model.experts import layout_of
 from moecompress.transform import align, drop, merge, outputs, scores
 from moecompress.transform.methods import METHODS, Scene
 from moecompress.transform.regroup import apply, dropping, merging
@@ -31,15 +31,6 @@ def routed_tokens() -> Capture:
     chosen, weights = Combine("softmax", True)(logits, K)
     keep = torch.rand(T, generator=g) > 0.2
     return Capture(torch.randn(T, D, generator=g), chosen, weights, keep, logits)
-
-
-def experts_of(family: str) -> torch.nn.Module:
-    """A family's experts module (E = 4, d = 64, m = 32 or 64) with random weights in float32."""
-    config = tiny_config(family)
-    config.dtype = torch.float32
-    model = head_class(family)._from_config(config)
-    shake(model)
-    return next(find_experts(model))[1]
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
