@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from tiny import random_experts
 
 from moecompress.calibrate.capture import Capture, route
 from moecompress.calibrate.moments import chunk_size, expert_moments
@@ -16,12 +15,7 @@ E, D, M, T, K = 5, 12, 8, 40, 2
 
 @pytest.fixture
 def experts():
-    torch.manual_seed(0)
-    module = Qwen3MoeExperts(Qwen3MoeConfig(num_experts=E, hidden_size=D, moe_intermediate_size=M))
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-        parameter.requires_grad_(False)
-    return module
+    return random_experts(E, D, M, 0.5)
 
 
 @pytest.fixture

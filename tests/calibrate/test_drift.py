@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import random_experts
 from torch.nn.functional import silu
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moecompress.calibrate.capture import Capture
 from moecompress.calibrate.moments import entering_down, expert_moments
@@ -17,12 +16,7 @@ E, D, M, T, K = 4, 12, 8, 60, 2
 
 @pytest.fixture(scope="module")
 def experts():
-    torch.manual_seed(0)
-    module = Qwen3MoeExperts(Qwen3MoeConfig(num_experts=E, hidden_size=D, moe_intermediate_size=M))
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-        parameter.requires_grad_(False)
-    return module
+    return random_experts(E, D, M, 0.5)
 
 
 @pytest.fixture(scope="module")

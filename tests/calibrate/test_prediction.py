@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig
+from tiny import random_experts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moecompress.allocate.plan import Choice, Plan
@@ -32,12 +32,7 @@ SCHEMES = [Scheme(3, 32), Scheme(2.0, 0, code="trellis"), Scheme(16)]
 
 @pytest.fixture(scope="module")
 def experts() -> Qwen3MoeExperts:
-    torch.manual_seed(0)
-    module = Qwen3MoeExperts(Qwen3MoeConfig(num_experts=E, hidden_size=D, moe_intermediate_size=M))
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-        parameter.requires_grad_(False)
-    return module
+    return random_experts(E, D, M, 0.1)
 
 
 @pytest.fixture(scope="module")

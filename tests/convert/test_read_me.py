@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_convert_cli import app
 from test_dense import logits, reload, tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tiny import letters_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from moecompress.convert.dense import Shape
@@ -146,13 +146,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model with a tokenizer of letters, and two texts of other letters."""
     folder = tmp_path_factory.mktemp("dense")
-    words = {word: number for number, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=27, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-                                 num_key_value_heads=1)).save_pretrained(folder)  # fmt: skip
+    letters_model(folder)
     for name, letters in (("one", "abcdefg"), ("two", "stuvwxyz")):
         (folder / f"{name}.txt").write_text(" ".join(letters) * 1200)
     return folder

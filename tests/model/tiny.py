@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moecompress.model.experts import find_experts
 
@@ -234,3 +243,24 @@ def experts_of(family: str) -> torch.nn.Module:
     model = head_class(family)._from_config(config)
     shake(model)
     return next(find_experts(model))[1]
+
+
+def random_experts(experts: int, hidden: int, width: int, std: float) -> Qwen3MoeExperts:
+    """An experts module of qwen3_moe that is not trained, its weights normal."""
+    torch.manual_seed(0)
+    module = Qwen3MoeExperts(Qwen3MoeConfig(num_experts=experts, hidden_size=hidden, moe_intermediate_size=width))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+        parameter.requires_grad_(False)
+    return module
+
+
+def letters_model(folder: Path) -> None:
+    """A dense model of letters, and its tokenizer."""
+    words = {word: number for number, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=27, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=1)).save_pretrained(folder)  # fmt: skip
