@@ -28,7 +28,6 @@ from moecompress.pack.scheme import DROPPED, NESTED, SHARED_BASIS, VECTOR, Schem
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.recipe import Recipe, expert_of
-from moecompress.runtime.bank import bank_tensors
 from moecompress.transform.shed import Slicing
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
@@ -329,7 +328,7 @@ def written_bytes(job: Job, chosen: Plan) -> int:
         for info in opened.anatomy.of_layer(layer):
             linear = info.target.removesuffix(".weight")
             if linear in linears:
-                bank = bank_tensors(linears[linear], 1, info.shape[0], info.shape[1], opened.stored_dtype)
+                bank = linears[linear].tensors(1, info.shape[0], info.shape[1], opened.stored_dtype)
                 tensors.update({f"{linear}.packed.{name}": tensor for name, tensor in bank.items()})
             elif info.role != EXPERT:
                 left = kept.get(layer, 0) if info.target in axes else 0
@@ -344,7 +343,7 @@ def written_bytes(job: Job, chosen: Plan) -> int:
             for projection, chosen_schemes in schemes[layer].items():
                 for scheme, count in Counter(s for s in chosen_schemes if s != DROPPED).items():
                     where = f"{moe.module}.packed.{projection}_banks.{scheme.name}"
-                    bank = bank_tensors(scheme, count, *moe.layout.shape(projection, scheme.width), opened.stored_dtype)
+                    bank = scheme.tensors(count, *moe.layout.shape(projection, scheme.width), opened.stored_dtype)
                     tensors.update({f"{where}.{name}": tensor for name, tensor in bank.items()})
                     tensors[f"{where}.experts"] = (torch.int32, (count,))
         total += shard_bytes(tensors)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.pack import ternary
-from moecompress.pack.fields import demand, wrong
+from moecompress.pack.fields import Tensors, demand, wrong
 from moecompress.pack.ternary import ZERO
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 SIZE = 2**16  # words
 LONGEST = 14  # pairs in a word
@@ -126,9 +130,10 @@ def room(rows: int, cols: int, bits: float) -> int:
     return max(round(10 * bits) * rows * cols // 160, rows * -(-cols // (2 * LONGEST)))
 
 
-def stored_bytes(rows: int, cols: int, bits: float) -> int:
-    """Exact bytes of one matrix: words and padding, row ends, levels."""
-    return 2 * room(rows, cols, bits) + 8 * rows
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file, as `int_format.stored`: words and padding, row ends, levels."""
+    words = (room(rows, cols, scheme.bits),)
+    return {"words": (torch.uint16, words), "ends": (torch.int32, (rows,)), "levels": (torch.bfloat16, (rows, 2))}
 
 
 def rate_prices(bits: float) -> tuple[int, int]:

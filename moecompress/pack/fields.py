@@ -7,6 +7,9 @@ from torch import Tensor
 
 from moecompress.errors import UserError
 
+#: Name of a tensor in the file -> its dtype and shape.
+Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
 
 def pack_plane(values: Tensor, width: int) -> Tensor:
     """uint8 (..., c), each below 2**width -> uint8 (..., c * width / 8), lowest bits first; c is a multiple of 8 / width."""

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
-from moecompress.pack.fields import demand, pack_plane, shifts, unpack_plane, wrong
+from moecompress.pack.fields import Tensors, demand, pack_plane, shifts, unpack_plane, wrong
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
 GROUPS = (0, 32, 64, 128)
@@ -68,11 +72,16 @@ def zero_bytes(cols: int, bits: int, group: int) -> int:
     return -(-groups(cols, group) * bits // 8)
 
 
-def stored_bytes(rows: int, cols: int, bits: int, group: int, symmetric: bool) -> int:
-    """Exact bytes of one matrix in a bank: codes, scales and zeros."""
-    _check_parameters(bits, group, cols)
-    scale_bytes = 2 + (groups(cols, group) if group else 0)
-    return rows * (row_bytes(cols, bits) + scale_bytes + (0 if symmetric else zero_bytes(cols, bits, group)))
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file; those of a bank have a dimension for its matrices before."""
+    bits = int(scheme.bits)
+    _check_parameters(bits, scheme.group, cols)
+    tensors: Tensors = {"codes": (torch.uint8, (rows, row_bytes(cols, bits))), "row_scales": (torch.bfloat16, (rows,))}
+    if scheme.group:
+        tensors["scales"] = (torch.uint8, (rows, groups(cols, scheme.group)))
+    if not scheme.symmetric:
+        tensors["zeros"] = (torch.uint8, (rows, zero_bytes(cols, bits, scheme.group)))
+    return tensors
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

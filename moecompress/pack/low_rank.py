@@ -7,12 +7,16 @@ that W x is one product with (V x, the kept inputs). Shapes: n matrices of (rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
-from moecompress.pack.fields import demand, wrong
+from moecompress.pack.fields import Tensors, demand, wrong
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 MOST_COLUMNS = 2**16  # what a uint16 tells apart
 
@@ -40,10 +44,11 @@ def sizes(rows: int, cols: int, shares: tuple[int, int]) -> tuple[int, int]:
     return rank, kept
 
 
-def stored_bytes(rows: int, cols: int, shares: tuple[int, int]) -> int:
-    """Exact bytes of one matrix: both factors, the kept columns and their numbers."""
-    rank, kept = sizes(rows, cols, shares)
-    return 2 * (rows * (rank + kept) + rank * cols + kept)
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file, as `int_format.stored`: both factors, the kept columns and their numbers."""
+    rank, kept = sizes(rows, cols, scheme.shares)
+    numbers: Tensors = {"kept": (torch.uint16, (kept,))} if kept else {}
+    return {"left": (torch.bfloat16, (rows, rank + kept)), "right": (torch.bfloat16, (rank, cols))} | numbers
 
 
 def pack(left: Tensor, right: Tensor, kept: Tensor) -> LowRankBank:

@@ -6,15 +6,19 @@ the last tensors away. Shapes: n matrices of (rows, cols) in a bank, G groups in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.pack import int_format
-from moecompress.pack.fields import demand, pack_plane, unpack_plane, wrong
+from moecompress.pack.fields import Tensors, demand, pack_plane, unpack_plane, wrong
 from moecompress.pack.int_format import PAD, IntBank
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 BASE = 2  # bits of the first tensor, the fewest that can be loaded
 BITS = (3, 4)
@@ -57,11 +61,11 @@ def plane_bytes(cols: int) -> int:
     return 2 * (-(-cols // PAD))
 
 
-def stored_bytes(rows: int, cols: int, bits: int, group: int) -> int:
-    """Exact bytes of one matrix in a bank: the same as of ordinary integers without zeros."""
-    _check_bits(bits)
-    base = int_format.stored_bytes(rows, cols, BASE, group, symmetric=True)
-    return base + rows * plane_bytes(cols) * (bits - BASE)
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file, as `int_format.stored`: as many bytes as ordinary integers without zeros have."""
+    _check_bits(int(scheme.bits))
+    planes: Tensors = {name: (torch.uint8, (rows, plane_bytes(cols))) for name in plane_names(int(scheme.bits))}
+    return planes | int_format.stored(replace(scheme, bits=BASE), rows, cols)
 
 
 def pack(codes: Tensor, row_scales: Tensor, scales: Tensor | None, bits: int, group: int) -> NestedBank:

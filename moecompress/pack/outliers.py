@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
 from moecompress.pack import int_format
-from moecompress.pack.fields import demand, wrong
+from moecompress.pack.fields import Tensors, demand, wrong
 from moecompress.pack.int_format import IntBank
 from moecompress.recipe import OUTLIER_SHARES
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 SEGMENT = 256  # columns
 BITS = (2, 3, 4)
 PER_MILLE = tuple(round(1000 * share) for share in OUTLIER_SHARES)
-BYTES = 3  # of one outlier: 16 bits of value, 8 of column
 NAMES = ("outlier_values", "outlier_columns")
 
 
@@ -57,9 +60,10 @@ def starts(cols: int, share: float) -> Tensor:
     return torch.arange(0, SEGMENT * len(each), SEGMENT).repeat_interleave(each)
 
 
-def stored_bytes(rows: int, cols: int, bits: int, group: int, symmetric: bool, share: float) -> int:
-    """Exact bytes of one matrix in a bank."""
-    return int_format.stored_bytes(rows, cols, bits, group, symmetric) + BYTES * rows * in_a_row(cols, share)
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file, as `int_format.stored`."""
+    shape = (in_a_row(cols, scheme.outliers), rows)
+    return int_format.stored(scheme, rows, cols) | dict(zip(NAMES, ((torch.bfloat16, shape), (torch.uint8, shape)), strict=True))
 
 
 def pack(dense: IntBank, values: Tensor, index: Tensor, share: float) -> OutlierBank:

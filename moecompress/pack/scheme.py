@@ -4,14 +4,28 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from moecompress.errors import UserError
 from moecompress.recipe import DICTIONARY_RATES, TRELLIS_RATES, VECTOR_RATES, low_rank_bits
 
+if TYPE_CHECKING:
+    import torch
+
+    from moecompress.pack.fields import Tensors
+
 INT, TRELLIS, TERNARY, SIGN, NESTED, DICTIONARY, VECTOR = "int", "trellis", "ternary", "sign", "nested", "dictionary", "vector"
 LOW_RANK, SHARED_BASIS, DROP = "low-rank", "shared-basis", "dropped"
+
+#: Code -> the module of this package that knows its tensors: ``stored`` has those of a matrix, ``shared`` those that all matrices
+#: of a bank have in common, if there are any.
+FORMATS = {INT: "int_format", NESTED: "nested", TRELLIS: "trellis", VECTOR: "vector", TERNARY: "ternary", SIGN: "ternary",
+           DICTIONARY: "dictionary", LOW_RANK: "low_rank", SHARED_BASIS: "shared_basis"}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -37,21 +51,7 @@ class Scheme:
 
     @property
     def _code_name(self) -> str:
-        """``b3g64s`` (symmetric), ``b3g64a`` (with zeros), ``b2g64a_o1`` (1 % outliers), ``n4g64s`` (nested), ``t2_5`` (2.5 bits;
-        names of modules have no points), ``v2`` (vectors), ``d0_8`` (dictionary), ``lr250s50`` (a quarter of the rank, 5 % of the
-        columns), ``sb500b4g64a`` (half of the rank, coefficients as b4g64a) or ``b16``."""
-        if self.code in (TRELLIS, VECTOR, DICTIONARY):
-            return f"{self.code[0]}{self.bits:g}".replace(".", "_")
-        if self.code == NESTED:
-            return f"n{self.bits:g}g{self.group}s"
-        if self.code == LOW_RANK:
-            return f"lr{self.shares[0]}s{self.shares[1]}"
-        if self.code == SHARED_BASIS:
-            return f"sb{self.shares[0]}{self.coefficients.name}"
-        if self.code != INT:
-            return self.code
-        kept = f"_o{100 * self.outliers:g}".replace(".", "_") if self.outliers else ""
-        return "b16" if self.bits == 16 else f"b{self.bits:g}g{self.group}{'s' if self.symmetric else 'a'}{kept}"
+        return "b16" if self.bits == 16 else NAMES.get(self.code, lambda scheme: scheme.code)(self)
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -61,21 +61,12 @@ class Scheme:
             return replace(whole, width=int(narrow[2]))
         if name in _PLAIN:
             return _PLAIN[name]
-        thin = re.fullmatch(r"lr([1-9]\d{0,2})s(0|[1-9]\d{0,2})", name)
-        if thin is not None and (bits := low_rank_bits(shares := (int(thin[1]), int(thin[2])))) < 16:
-            return cls(bits, code=LOW_RANK, shares=shares)
-        based = re.fullmatch(r"sb([1-9]\d{0,2})b(2|3|4|8)g(0|32|64|128)([sa])", name)
-        if based is not None:
-            return cls(int(based[2]), int(based[3]), based[4] == "s", SHARED_BASIS, shares=(int(based[1]), 0))
-        match = re.fullmatch(r"b(2|3|4|8)g(0|32|64|128)([sa])", name) or re.fullmatch(r"n(3|4)g(0|32|64|128)(s)", name)
-        kept = re.fullmatch(r"b([234])g(0|32|64|128)([sa])_o(0_5|1|2)", name)
-        if kept is not None:
-            return cls(int(kept[1]), int(kept[2]), kept[3] == "s", outliers=float(kept[4].replace("_", ".")) / 100)
-        if match is None:
-            raise UserError(f"no storage scheme is called {name!r}",
-                            expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, v2, d0_8, lr250s50, sb500b4g64a, ternary, "
-                                     "sign, b16 or t2w192")  # fmt: skip
-        return cls(int(match[1]), int(match[2]), match[3] == "s", NESTED if name[0] == "n" else INT)
+        for pattern, make in PATTERNS.items():
+            if (match := re.fullmatch(pattern, name)) is not None and (scheme := make(*match.groups())).bits < 16:
+                return scheme
+        raise UserError(f"no storage scheme is called {name!r}",
+                        expected="a name such as b3g64s, b4g128a, b2g64a_o1, n4g64s, t2_5, v2, d0_8, lr250s50, sb500b4g64a, ternary, "
+                                 "sign, b16 or t2w192")  # fmt: skip
 
     def fitted(self, cols: int) -> Scheme:
         """The same for a matrix of ``cols`` columns: a group that holds the whole row needs no multipliers."""
@@ -97,42 +88,73 @@ class Scheme:
     def price(self, rows: int, cols: int, weights_dtype_bytes: int = 2) -> int:
         """Exact stored bytes of a ``rows`` × ``cols`` matrix (of a thinner expert: its own rows and columns), without `shared_bytes`.
         At 16 bits it keeps the input's dtype."""
-        if self.code == DROP:
-            return 0
         if self.bits == 16:
             return rows * cols * weights_dtype_bytes
-        # Here because they bring torch, and a plan from a file of factors needs none.
-        from moecompress.pack import dictionary, int_format, low_rank, nested, outliers, ternary, trellis, vector
-
-        if self.code == TRELLIS:
-            return trellis.stored_bytes(rows, cols, self.bits)
-        if self.code == VECTOR:
-            return vector.stored_bytes(rows, cols, self.bits)
-        if self.code == TERNARY:
-            return ternary.ternary_bytes(rows, cols)
-        if self.code == SIGN:
-            return ternary.sign_bytes(rows, cols)
-        if self.code == DICTIONARY:
-            return dictionary.stored_bytes(rows, cols, self.bits)
-        if self.code == LOW_RANK:
-            return low_rank.stored_bytes(rows, cols, self.shares)
-        if self.code == SHARED_BASIS:
-            return self.coefficients.price(rows, self.rank(cols))
-        if self.code == NESTED:
-            return nested.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group)
-        if self.outliers:
-            return outliers.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric, self.outliers)
-        return int_format.stored_bytes(rows, cols, int(self.bits), self.fitted(cols).group, self.symmetric)
+        return 0 if self.code == DROP else _bytes(self._format().stored(self.fitted(cols), rows, cols))
 
     def shared_bytes(self, cols: int) -> int:
         """Exact stored bytes that all matrices of a bank, of ``cols`` columns, have in common, however many they are."""
-        from moecompress.pack import shared_basis, vector
+        return _bytes(self.shared_tensors(cols))
 
-        if self.code == SHARED_BASIS:
-            return shared_basis.basis_bytes(cols, self.shares[0])
-        return vector.book_bytes(self.bits) if self.code == VECTOR else 0
+    def tensors(self, count: int, rows: int, cols: int, dtype: torch.dtype) -> Tensors:
+        """Those of a bank of ``count`` matrices in the file. ``dtype``: of matrices that stay at 16 bits."""
+        if self.bits == 16:
+            return {"weight": (dtype, (count, rows, cols))}
+        own = self._format().stored(self, rows, cols)
+        return {name: (kind, (count, *shape)) for name, (kind, shape) in own.items()} | self.shared_tensors(cols)
+
+    def shared_tensors(self, cols: int) -> Tensors:
+        """Those that all matrices of a bank have in common, without a dimension for them."""
+        if self.bits == 16 or self.code == DROP:
+            return {}
+        shared: Callable[[Scheme, int], Tensors] | None = getattr(self._format(), "shared", None)
+        return {} if shared is None else shared(self, cols)
+
+    def _format(self) -> Any:
+        # Imported here because formats bring torch, and a plan from a file of factors needs none.
+        return import_module(f"moecompress.pack.{'outliers' if self.outliers else FORMATS[self.code]}")
 
 
+def _bytes(tensors: Tensors) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
+
+
+def _rate(scheme: Scheme) -> str:
+    """``t2_5``: names of modules have no points."""
+    return f"{scheme.code[0]}{_number(scheme.bits)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}".replace(".", "_")
+
+
+def _integers(scheme: Scheme) -> str:
+    kept = f"_o{_number(100 * scheme.outliers)}" if scheme.outliers else ""
+    return f"b{scheme.bits:g}g{scheme.group}{'s' if scheme.symmetric else 'a'}{kept}"
+
+
+#: Code -> how its schemes are called; the others are called as their code.
+NAMES: dict[str, Callable[[Scheme], str]] = {
+    INT: _integers,
+    TRELLIS: _rate,
+    VECTOR: _rate,
+    DICTIONARY: _rate,
+    NESTED: lambda scheme: f"n{scheme.bits:g}g{scheme.group}s",
+    LOW_RANK: lambda scheme: f"lr{scheme.shares[0]}s{scheme.shares[1]}",
+    SHARED_BASIS: lambda scheme: f"sb{scheme.shares[0]}{scheme.coefficients.name}",
+}
+_GRID = r"b(2|3|4|8)g(0|32|64|128)([sa])"
+#: Names that have numbers in them -> what makes a scheme of these.
+PATTERNS: dict[str, Callable[..., Scheme]] = {
+    _GRID: lambda bits, group, kind: Scheme(int(bits), int(group), kind == "s"),
+    r"b([234])g(0|32|64|128)([sa])_o(0_5|1|2)": lambda bits, group, kind, kept: Scheme(
+        int(bits), int(group), kind == "s", outliers=float(kept.replace("_", ".")) / 100),
+    r"n(3|4)g(0|32|64|128)s": lambda bits, group: Scheme(int(bits), int(group), code=NESTED),
+    r"lr([1-9]\d{0,2})s(0|[1-9]\d{0,2})": lambda rank, kept: Scheme(
+        low_rank_bits((int(rank), int(kept))), code=LOW_RANK, shares=(int(rank), int(kept))),
+    rf"sb([1-9]\d{{0,2}}){_GRID}": lambda rank, bits, group, kind: Scheme(
+        int(bits), int(group), kind == "s", SHARED_BASIS, shares=(int(rank), 0)),
+}  # fmt: skip
 #: Of an expert that is left out: no bytes. Only in plans; a checkpoint has no such bank.
 DROPPED = Scheme(0, code=DROP)
 _PLAIN = {

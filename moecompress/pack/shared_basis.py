@@ -7,13 +7,17 @@ once for a token, whatever its experts. Shapes: n matrices of (rows, cols) in a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.pack import int_format
-from moecompress.pack.fields import demand, wrong
+from moecompress.pack.fields import Tensors, demand, wrong
 from moecompress.pack.int_format import IntBank, row_bytes
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 #: Of the basis. Two bytes would halve an error that is far below that of the coefficients already.
 BASIS_BITS = 8
@@ -36,9 +40,15 @@ def rank(cols: int, share: int) -> int:
     return max(1, (2 * share * cols + 1000) // 2000)
 
 
-def basis_bytes(cols: int, share: int) -> int:
-    """Exact bytes of the basis of a bank."""
-    return int_format.stored_bytes(rank(cols, share), cols, BASIS_BITS, 0, True)
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of the coefficients of one matrix in the file, as `int_format.stored`."""
+    return int_format.stored(scheme.coefficients, rows, scheme.rank(cols))
+
+
+def shared(scheme: Scheme, cols: int) -> Tensors:
+    """Tensors of the basis, which all matrices of a bank have in common."""
+    q = scheme.rank(cols)
+    return {"basis_codes": (torch.uint8, (q, row_bytes(cols, BASIS_BITS))), "basis_row_scales": (torch.bfloat16, (q,))}
 
 
 def basis_bank(codes: Tensor, row_scales: Tensor, cols: int) -> IntBank:

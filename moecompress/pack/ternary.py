@@ -7,12 +7,16 @@ Shapes: n matrices of (rows, cols) in a bank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
-from moecompress.pack.fields import demand, pack_plane, unpack_plane, wrong
+from moecompress.pack.fields import Tensors, demand, pack_plane, unpack_plane, wrong
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 TRITS = 5  # in a byte: 3**5 = 243 <= 256
 ZERO = 1  # the trit of weight 0; pads rows, so what a kernel reads past the end adds nothing
@@ -52,14 +56,11 @@ def bit_bytes(cols: int) -> int:
     return -(-cols // 8)
 
 
-def ternary_bytes(rows: int, cols: int) -> int:
-    """Exact bytes of one matrix in a ternary bank: trits and two levels a row."""
-    return rows * (trit_bytes(cols) + 4)
-
-
-def sign_bytes(rows: int, cols: int) -> int:
-    """Exact bytes of one matrix in a sign bank: bits and one scale a row."""
-    return rows * (bit_bytes(cols) + 2)
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file, as `int_format.stored`: trits and two levels a row, or (of one bit) signs and a scale."""
+    if scheme.bits == 1:
+        return {"codes": (torch.uint8, (rows, bit_bytes(cols))), "scales": (torch.bfloat16, (rows,))}
+    return {"codes": (torch.uint8, (rows, trit_bytes(cols))), "levels": (torch.bfloat16, (rows, 2))}
 
 
 def pack_trits(trits: Tensor) -> Tensor:

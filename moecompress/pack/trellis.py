@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
-from moecompress.pack.fields import demand, unpack_plane
+from moecompress.pack.fields import Tensors, demand, unpack_plane
 from moecompress.recipe import TRELLIS_RATES
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 WINDOW = 12
 TILE = 256  # weights
@@ -58,10 +62,10 @@ def tiles(rows: int, cols: int, rate: float) -> tuple[int, int]:
     return -(-rows // high), -(-cols // wide)
 
 
-def stored_bytes(rows: int, cols: int, rate: float) -> int:
-    """Exact bytes of one matrix in a bank."""
-    down, across = tiles(rows, cols, rate)
-    return down * across * tile_bytes(rate) + 4
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file, as `int_format.stored`."""
+    down, across = tiles(rows, cols, scheme.bits)
+    return {"stream": (torch.uint8, (down * across, tile_bytes(scheme.bits))), "scales": (torch.float32, ())}
 
 
 def tile_bytes(rate: float) -> int:

@@ -5,12 +5,16 @@ section 12). Shapes: n matrices of (rows, cols) in a bank, d weights in a vector
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moecompress.errors import UserError
-from moecompress.pack.fields import demand, pack_plane, unpack_plane, wrong
+from moecompress.pack.fields import Tensors, demand, pack_plane, unpack_plane, wrong
+
+if TYPE_CHECKING:
+    from moecompress.pack.scheme import Scheme
 
 #: bits a weight -> weights in a vector, bits of an entry's number
 RATES = {1: (8, 8), 1.5: (8, 12), 2: (4, 8), 3: (4, 12)}
@@ -47,14 +51,14 @@ def row_bytes(cols: int, bits: float) -> int:
     return count + (-(-count // 2) if RATES[bits][1] == 12 else 0)
 
 
-def stored_bytes(rows: int, cols: int, bits: float) -> int:
-    """Exact bytes of one matrix in a bank, without the book."""
-    return rows * (row_bytes(cols, bits) + 2)
+def stored(scheme: Scheme, rows: int, cols: int) -> Tensors:
+    """Tensors of one matrix in the file, as `int_format.stored`."""
+    return {"codes": (torch.uint8, (rows, row_bytes(cols, scheme.bits))), "row_scales": (torch.bfloat16, (rows,))}
 
 
-def book_bytes(bits: float) -> int:
-    """Exact bytes of the book that all matrices of a bank share."""
-    return 2 * entries(bits) * RATES[bits][0]
+def shared(scheme: Scheme, cols: int) -> Tensors:
+    """Tensors of the book, which all matrices of a bank have in common."""
+    return {"book": (torch.bfloat16, (entries(scheme.bits), RATES[scheme.bits][0]))}
 
 
 def pack(index: Tensor, row_scales: Tensor, book: Tensor, bits: float, cols: int) -> VectorBank:

@@ -3,6 +3,7 @@ descent. Nested integers, trellis, low rank and rows of two or three values: in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +38,9 @@ from moecompress.pack.vector import VectorBank
 from moecompress.quantize import gptq, low_rank, nested, outliers, shared_basis, ternary, trellis, vector, words
 from moecompress.quantize.grid import Grid, fit
 from moecompress.quantize.hessian import damped, factor, lower_factors
+
+Bank = (IntBank | NestedBank | OutlierBank | LowRankBank | SharedBasisBank | TrellisBank | VectorBank | TernaryBank | SignBank
+        | DictionaryBank)  # fmt: skip
 
 #: Nested codes need a copy of the weights for each width: so many weights, rows of all experts, are rounded at a time.
 NESTED_SLAB = 1 << 22
@@ -85,8 +89,7 @@ class Encoded:
     """Matrices [n, o, i] as codes; error: [n], tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ), of nested codes with all bits. archived_bits:
     of the dictionary code, what its words' trits take at their entropy (pack/rans.py), a weight."""
 
-    bank: (IntBank | NestedBank | OutlierBank | LowRankBank | SharedBasisBank | TrellisBank | VectorBank | TernaryBank | SignBank
-           | DictionaryBank)  # fmt: skip
+    bank: Bank
     error: torch.Tensor
     archived_bits: float | None = None
 
@@ -121,93 +124,95 @@ def encode(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, setting
            ) -> Encoded:  # fmt: skip
     """weights: float32 [n, o, i]; inputs None: plain rounding, all inputs alike. ``book``: of vectors, or at least
     so many `shared_basis.directions` as the rank of a shared basis (None: one for these alone)."""
-    experts, _, cols = weights.shape
     if settings.method == "rtn" and scheme.code not in (INT, NESTED):
         inputs = None  # rounding to nearest uses the inputs for the grids of integers alone
-    if scheme.code == TRELLIS:
-        turned = _turned(inputs, experts, cols)
-        coded = trellis.encode(weights, turned, scheme.bits, settings.seed)
-        return Encoded(coded.bank, coded.error)
-    if scheme.code == VECTOR:
-        return _as_vectors(weights, inputs, scheme, settings, book)
-    if scheme.code in (TERNARY, SIGN, DICTIONARY):
-        return _few_values(weights, inputs, scheme, settings)
-    if scheme.code == LOW_RANK:
-        return _low_rank(weights, inputs, scheme, settings)
-    if scheme.code == SHARED_BASIS:
-        return _with_basis(weights, inputs, scheme, settings, book)
     if scheme.outliers:
         return _with_outliers(weights, inputs, scheme, settings)
-    bits = int(scheme.bits)
-    if inputs is None or settings.method == "rtn":
-        hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
-        grid, codes = _to_nearest(weights, hessian.diagonal(dim1=-2, dim2=-1), scheme)
-    else:
-        hessian = inputs.hessian
-        grid, codes = _feedback(weights, inputs, scheme, settings)
-    lost = gptq.row_errors(weights, hessian, gptq.values(codes, grid)).sum(-1)
+    return ENCODERS[scheme.code](weights, inputs, scheme, settings, book)
+
+
+def _hessian(weights: torch.Tensor, inputs: Inputs | None) -> torch.Tensor:
+    return torch.eye(weights.shape[-1]).expand(len(weights), -1, -1) if inputs is None else inputs.hessian
+
+
+def _encoded(bank: Bank, weights: torch.Tensor, hessian: torch.Tensor, values: torch.Tensor) -> Encoded:
+    """``values`` [n, o, i]: what the bank decodes to."""
+    lost = gptq.row_errors(weights, hessian, values).sum(-1)
     whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
-    bank: IntBank | NestedBank
-    if scheme.code == NESTED:
-        bank = nested_format.pack(codes, grid.row_scales, grid.multipliers, bits, scheme.group)
-    else:
-        bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, bits, scheme.group)
     return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _turned(inputs: Inputs | None, experts: int, cols: int) -> trellis.Turned:
-    if inputs is None:
-        return trellis.alike(experts, cols)
-    assert inputs.turned is not None, "study() was not told of the trellis"
-    return inputs.turned
+def _as_integers(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, _: torch.Tensor | None) -> Encoded:
+    hessian = _hessian(weights, inputs)
+    if inputs is None or settings.method == "rtn":
+        grid, codes = _to_nearest(weights, hessian.diagonal(dim1=-2, dim2=-1), scheme)
+    else:
+        grid, codes = _feedback(weights, inputs, scheme, settings)
+    bank: Bank
+    if scheme.code == NESTED:
+        bank = nested_format.pack(codes, grid.row_scales, grid.multipliers, int(scheme.bits), scheme.group)
+    else:
+        bank = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, int(scheme.bits), scheme.group)
+    return _encoded(bank, weights, hessian, gptq.values(codes, grid))
 
 
-def _few_values(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
-    if scheme.code == DICTIONARY:
-        found = words.encode(weights, inputs, scheme.bits, settings.refine)
-        return Encoded(found.bank, found.error, found.archived_bits)
-    coded = ternary.encode(weights, inputs, "sign" if scheme.code == SIGN else settings.ternary, settings.refine)
-    if scheme.code == SIGN:
-        return Encoded(pack_signs((coded.trits == 2).to(torch.uint8), coded.levels[..., 1]), coded.error)
+def _as_trellis(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, _: torch.Tensor | None) -> Encoded:
+    turned = trellis.alike(len(weights), weights.shape[-1]) if inputs is None else inputs.turned
+    assert turned is not None, "study() was not told of the trellis"
+    coded = trellis.encode(weights, turned, scheme.bits, settings.seed)
+    return Encoded(coded.bank, coded.error)
+
+
+def _as_words(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, _: torch.Tensor | None) -> Encoded:
+    found = words.encode(weights, inputs, scheme.bits, settings.refine)
+    return Encoded(found.bank, found.error, found.archived_bits)
+
+
+def _as_trits(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, _: torch.Tensor | None) -> Encoded:
+    coded = ternary.encode(weights, inputs, settings.ternary, settings.refine)
     return Encoded(pack_ternary(coded.trits, coded.levels), coded.error)
 
 
+def _as_signs(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, _: torch.Tensor | None) -> Encoded:
+    coded = ternary.encode(weights, inputs, "sign", settings.refine)
+    return Encoded(pack_signs((coded.trits == 2).to(torch.uint8), coded.levels[..., 1]), coded.error)
+
+
 def _as_vectors(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, book: torch.Tensor | None) -> Encoded:
-    experts, _, cols = weights.shape
-    hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+    hessian = _hessian(weights, inputs)
     if book is None:
         some = vector.sample(weights, hessian.diagonal(dim1=-2, dim2=-1), scheme.bits, vector.size_of_sample(scheme.bits))
         book = vector.train(*some, scheme.bits)
     lower = None if inputs is None else inputs.lower
     bank = vector.encode(weights, damped(hessian, settings.damping), lower, book, scheme.bits, settings.refine if lower is not None else 0)
-    lost = gptq.row_errors(weights, hessian, vector_format.dequantize(bank)).sum(-1)
-    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
-    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+    return _encoded(bank, weights, hessian, vector_format.dequantize(bank))
 
 
-def _low_rank(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
-    hessian = torch.eye(weights.shape[-1]).expand(len(weights), -1, -1) if inputs is None else inputs.hessian
+def _low_rank(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, _: torch.Tensor | None) -> Encoded:
+    hessian = _hessian(weights, inputs)
     bank = low_rank.encode(weights, hessian, scheme.shares, settings.damping)
-    lost = gptq.row_errors(weights, hessian, low_rank_format.dequantize(bank)).sum(-1)
-    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
-    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+    return _encoded(bank, weights, hessian, low_rank_format.dequantize(bank))
 
 
 def _with_basis(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings, directions: torch.Tensor | None) -> Encoded:
     """The coefficients of the basis, rounded as matrices of their own with the second moments of B x."""
-    experts, _, cols = weights.shape
-    hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+    hessian, rank = _hessian(weights, inputs), scheme.rank(weights.shape[-1])
     if directions is None:
-        directions = _own_directions(weights, hessian, scheme.rank(cols), settings)
-    basis = shared_basis.stored(shared_basis.basis(directions, scheme.rank(cols)))
+        directions = _own_directions(weights, hessian, rank, settings)
+    basis = shared_basis.stored(shared_basis.basis(directions, rank))
     seen = int_format.dequantize(basis)[0]
     exact, _ = shared_basis.coefficients(weights, damped(hessian, settings.damping), seen)
     found = encode(exact, None if inputs is None else _of_reduced(hessian, seen, settings), scheme.coefficients, settings)
     assert isinstance(found.bank, IntBank)
     bank = SharedBasisBank(found.bank, basis)
-    lost = gptq.row_errors(weights, hessian, shared_format.dequantize(bank)).sum(-1)
-    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
-    return Encoded(bank, lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+    return _encoded(bank, weights, hessian, shared_format.dequantize(bank))
+
+
+#: Code -> what encodes matrices in it; integers with outliers have their own.
+ENCODERS: dict[str, Callable[[torch.Tensor, Inputs | None, Scheme, Settings, torch.Tensor | None], Encoded]] = {
+    INT: _as_integers, NESTED: _as_integers, TRELLIS: _as_trellis, VECTOR: _as_vectors, DICTIONARY: _as_words, TERNARY: _as_trits,
+    SIGN: _as_signs, LOW_RANK: _low_rank, SHARED_BASIS: _with_basis,
+}  # fmt: skip
 
 
 def _own_directions(weights: torch.Tensor, hessian: torch.Tensor, rank: int, settings: Settings) -> torch.Tensor:
@@ -222,8 +227,7 @@ def _of_reduced(hessian: torch.Tensor, basis: torch.Tensor, settings: Settings) 
 
 
 def _with_outliers(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme, settings: Settings) -> Encoded:
-    experts, _, cols = weights.shape
-    hessian = torch.eye(cols).expand(experts, -1, -1) if inputs is None else inputs.hessian
+    hessian = _hessian(weights, inputs)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     index, exact, grid = _set_aside(weights, inputs, diagonal, scheme)
     if inputs is None or settings.method == "rtn":
@@ -238,11 +242,9 @@ def _with_outliers(weights: torch.Tensor, inputs: Inputs | None, scheme: Scheme,
             grid = gptq.refit(wanted @ steady, steady, codes, grid)
             codes = gptq.descend(wanted, steady, codes, grid)
             values = outliers.solve(weights - gptq.values(codes, grid), steady, index)
-    wanted = outliers.without(weights, values, index)
-    lost = gptq.row_errors(wanted, hessian, gptq.values(codes, grid)).sum(-1)
-    whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
     dense = pack(codes, grid.row_scales, grid.multipliers, grid.zeros, int(scheme.bits), scheme.group)
-    return Encoded(outlier_format.pack(dense, values, index, scheme.outliers), lost / whole.clamp_min(torch.finfo(torch.float32).tiny))
+    bank = outlier_format.pack(dense, values, index, scheme.outliers)
+    return _encoded(bank, weights, hessian, outlier_format.dequantize(bank))
 
 
 def _set_aside(weights: torch.Tensor, inputs: Inputs | None, diagonal: torch.Tensor, scheme: Scheme
@@ -319,42 +321,58 @@ def expected_error(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tens
     bases, as `encode` has them.
     """
     result = torch.zeros(len(weights), len(schemes), dtype=torch.float64)
-    rounded = [index for index, scheme in enumerate(schemes) if scheme.bits != 16 and scheme.code not in (TRELLIS, VECTOR, LOW_RANK, SHARED_BASIS)]
-    if rounded:
-        pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
-        column_cost = _in_columns(pivots, inputs.order)
-    for index in rounded:
-        off = (weights - _nearest(weights, inputs, schemes[index], settings)).square()
-        result[:, index] = torch.einsum("noi,no,ni->n", off, row_weight, column_cost).double()
-    thin = [index for index, scheme in enumerate(schemes) if scheme.code == LOW_RANK]
-    if thin:
-        shares = [schemes[index].shares for index in thin]
-        result[:, thin] = low_rank.expected_error(weights, inputs.hessian, row_weight, shares, settings.damping)
-    for share in sorted({scheme.shares[0] for scheme in schemes if scheme.code == SHARED_BASIS}):
-        based = [index for index, scheme in enumerate(schemes) if scheme.code == SHARED_BASIS and scheme.shares[0] == share]
-        result[:, based] = _expected_with_basis(weights, inputs, row_weight, [schemes[index] for index in based], settings, directions)
-    searched = [index for index, scheme in enumerate(schemes) if scheme.code == TRELLIS]
-    if searched:
-        assert inputs.turned is not None
-        rates = [schemes[index].bits for index in searched]
-        result[:, searched] = trellis.expected_error(weights, inputs.turned, row_weight, rates)
-    for index, scheme in enumerate(schemes):
-        if scheme.code == VECTOR:
-            assert inputs.lower is not None
-            result[:, index] = vector.expected_error(weights, inputs.hessian, inputs.lower, row_weight, scheme.bits)
+    for code in {scheme.code for scheme in schemes if scheme.bits != 16}:
+        chosen = [index for index, scheme in enumerate(schemes) if scheme.code == code and scheme.bits != 16]
+        expect = EXPECTED.get(code, _expected_of_rounding)
+        result[:, chosen] = expect(weights, inputs, row_weight, [schemes[index] for index in chosen], settings, directions).double()
     return result
 
 
-def _expected_with_basis(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme], settings: Settings,
+def _expected_of_rounding(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme], settings: Settings,
+                          _: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    pivots = inputs.upper.diagonal(dim1=-2, dim2=-1).square().reciprocal()  # (n, i) in processing order
+    column_cost = _in_columns(pivots, inputs.order)
+    off = ((weights - _nearest(weights, inputs, scheme, settings)).square() for scheme in schemes)
+    return torch.stack([torch.einsum("noi,no,ni->n", one, row_weight, column_cost) for one in off], 1)
+
+
+def _expected_of_low_rank(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme], settings: Settings,
+                          _: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    return low_rank.expected_error(weights, inputs.hessian, row_weight, [scheme.shares for scheme in schemes], settings.damping)
+
+
+def _expected_of_trellis(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme], settings: Settings,
+                         _: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    assert inputs.turned is not None
+    return trellis.expected_error(weights, inputs.turned, row_weight, [scheme.bits for scheme in schemes])
+
+
+def _expected_of_vectors(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme], settings: Settings,
+                         _: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+    lower = inputs.lower
+    assert lower is not None
+    return torch.stack([vector.expected_error(weights, inputs.hessian, lower, row_weight, scheme.bits) for scheme in schemes], 1)
+
+
+def _expected_with_bases(weights: torch.Tensor, inputs: Inputs, row_weight: torch.Tensor, schemes: list[Scheme], settings: Settings,
                          directions: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
-    """Of schemes with the same rank: what the basis leaves, and what rounding the coefficients adds."""
-    rank = schemes[0].rank(weights.shape[-1])
-    if directions is None:
-        directions = _own_directions(weights, inputs.hessian, rank, settings)
-    basis = shared_basis.basis(directions, rank)
-    exact, left = shared_basis.coefficients(weights, damped(inputs.hessian, settings.damping), basis)
-    rounded = expected_error(exact, _of_reduced(inputs.hessian, basis, settings), row_weight, [s.coefficients for s in schemes], settings)
-    return rounded + (left * row_weight).sum(1, keepdim=True)
+    """What the basis leaves, and what rounding the coefficients adds; ranks one after the other."""
+    result = row_weight.new_zeros(len(weights), len(schemes), dtype=torch.float64)
+    for share in {scheme.shares[0] for scheme in schemes}:
+        same = [index for index, scheme in enumerate(schemes) if scheme.shares[0] == share]
+        some, rank = [schemes[index].coefficients for index in same], schemes[same[0]].rank(weights.shape[-1])
+        known = _own_directions(weights, inputs.hessian, rank, settings) if directions is None else directions
+        basis = shared_basis.basis(known, rank)
+        exact, left = shared_basis.coefficients(weights, damped(inputs.hessian, settings.damping), basis)
+        rounded = expected_error(exact, _of_reduced(inputs.hessian, basis, settings), row_weight, some, settings)
+        result[:, same] = rounded + (left * row_weight).sum(1, keepdim=True)
+    return result
+
+
+#: Code -> expected errors [n, C] of its schemes; the others are rounded.
+EXPECTED: dict[str, Callable[[torch.Tensor, Inputs, torch.Tensor, list[Scheme], Settings, torch.Tensor | None], torch.Tensor]] = {
+    TRELLIS: _expected_of_trellis, VECTOR: _expected_of_vectors, LOW_RANK: _expected_of_low_rank, SHARED_BASIS: _expected_with_bases,
+}  # fmt: skip
 
 
 def _nearest(weights: torch.Tensor, inputs: Inputs, scheme: Scheme, settings: Settings) -> torch.Tensor:

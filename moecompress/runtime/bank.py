@@ -16,14 +16,23 @@ from moecompress.kernels import outliers as outlier_matmul
 from moecompress.kernels.crowd import by_matrix
 from moecompress.kernels.trellis_matmul import rotate, unrotate
 from moecompress.pack import dictionary, int_format, low_rank, nested, outliers, shared_basis, ternary, trellis, vector
-from moecompress.pack.int_format import IntBank, dequantize, groups, row_bytes, zero_bytes
+from moecompress.pack.int_format import IntBank, dequantize
 from moecompress.pack.rotation import signs
-from moecompress.pack.scheme import DICTIONARY, LOW_RANK, NESTED, SHARED_BASIS, SIGN, TERNARY, TRELLIS, VECTOR, Scheme
+from moecompress.pack.scheme import (
+    DICTIONARY,
+    INT,
+    LOW_RANK,
+    NESTED,
+    SHARED_BASIS,
+    SIGN,
+    TERNARY,
+    TRELLIS,
+    VECTOR,
+    Scheme,
+)
 
 #: Matrices that a backward pass unpacks at a time hold at most so many weights, or are one.
 UNPACKED = 1 << 24
-
-Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class PackedBank(nn.Module):
@@ -31,12 +40,12 @@ class PackedBank(nn.Module):
     ``shared``: tensors that all matrices have in common, without a dimension for them."""
 
     turns = False
-    shared: tuple[str, ...] = ()
 
     def __init__(self, scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0):
         super().__init__()
         self.scheme, self.rows, self.cols, self.seed = scheme, rows, cols, seed
-        for name, (kind, shape) in bank_tensors(scheme, count, rows, cols, dtype).items():
+        self.shared = tuple(scheme.shared_tensors(cols))
+        for name, (kind, shape) in scheme.tensors(count, rows, cols, dtype).items():
             self.register_buffer(name, torch.empty(shape, dtype=kind))
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -238,8 +247,6 @@ class FewValues(PackedBank):
 
 
 class Vectors(PackedBank):
-    shared = ("book",)
-
     def bank(self) -> vector.VectorBank:
         return vector.VectorBank(self.codes, self.row_scales, self.book, self.scheme.bits, self.cols)
 
@@ -251,8 +258,6 @@ class Vectors(PackedBank):
 
 
 class SharedBasis(PackedBank):
-    shared = ("basis_codes", "basis_row_scales")
-
     def bank(self) -> shared_basis.SharedBasisBank:
         own = IntBank(self.codes, self.row_scales, getattr(self, "scales", None), getattr(self, "zeros", None),
                       int(self.scheme.bits), self.scheme.group, len(self.basis_codes))  # fmt: skip
@@ -281,6 +286,11 @@ class SharedBasis(PackedBank):
         shared_basis.check(self.bank())
 
 
+#: What holds the matrices of a code in memory; nested integers have a number of bits to load besides.
+BANKS: dict[str, type[PackedBank]] = {INT: IntegerBank, TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues,
+                                      DICTIONARY: FewValues, LOW_RANK: LowRank, SHARED_BASIS: SharedBasis}  # fmt: skip
+
+
 def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype, seed: int = 0, load_bits: int | None = None
               ) -> PackedBank:  # fmt: skip
     """An empty bank; ``dtype``: of matrices that stay at 16 bits; ``seed``: of the rotation; ``load_bits``: at most so many
@@ -288,55 +298,8 @@ def make_bank(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dty
     if scheme.code == NESTED:
         bits = int(scheme.bits) if load_bits is None else min(load_bits, int(scheme.bits))
         return NestedIntegers(scheme, count, rows, cols, dtype, bits)
-    if scheme.outliers:
-        return IntegersWithOutliers(scheme, count, rows, cols, dtype)
-    kinds = {LOW_RANK: LowRank, SHARED_BASIS: SharedBasis, TRELLIS: TrellisBank, VECTOR: Vectors, TERNARY: FewValues, SIGN: FewValues, DICTIONARY: FewValues}
-    kind = DenseBank if scheme.bits == 16 else kinds.get(scheme.code, IntegerBank)
+    kind = DenseBank if scheme.bits == 16 else IntegersWithOutliers if scheme.outliers else BANKS[scheme.code]
     return kind(scheme, count, rows, cols, dtype, seed)
-
-
-def bank_tensors(scheme: Scheme, count: int, rows: int, cols: int, dtype: torch.dtype) -> Tensors:
-    """Names, dtypes and shapes of a bank's tensors in the file."""
-    if scheme.bits == 16:
-        return {"weight": (dtype, (count, rows, cols))}
-    if scheme.code == TRELLIS:
-        down, across = trellis.tiles(rows, cols, scheme.bits)
-        return {"stream": (torch.uint8, (count, down * across, trellis.tile_bytes(scheme.bits))), "scales": (torch.float32, (count,))}
-    if scheme.code == VECTOR:
-        book = (vector.entries(scheme.bits), vector.RATES[scheme.bits][0])
-        return {"codes": (torch.uint8, (count, rows, vector.row_bytes(cols, scheme.bits))), "row_scales": (torch.bfloat16, (count, rows)),
-                "book": (torch.bfloat16, book)}  # fmt: skip
-    if scheme.code == TERNARY:
-        return {"codes": (torch.uint8, (count, rows, ternary.trit_bytes(cols))), "levels": (torch.bfloat16, (count, rows, 2))}
-    if scheme.code == SIGN:
-        return {"codes": (torch.uint8, (count, rows, ternary.bit_bytes(cols))), "scales": (torch.bfloat16, (count, rows))}
-    if scheme.code == DICTIONARY:
-        words = (count, dictionary.room(rows, cols, scheme.bits))
-        return {"words": (torch.uint16, words), "ends": (torch.int32, (count, rows)), "levels": (torch.bfloat16, (count, rows, 2))}
-    if scheme.code == LOW_RANK:
-        rank, kept = low_rank.sizes(rows, cols, scheme.shares)
-        numbers: Tensors = {"kept": (torch.uint16, (count, kept))} if kept else {}
-        return {"left": (torch.bfloat16, (count, rows, rank + kept)), "right": (torch.bfloat16, (count, rank, cols))} | numbers
-    if scheme.code == SHARED_BASIS:
-        rank = scheme.rank(cols)
-        return bank_tensors(scheme.coefficients, count, rows, rank, dtype) | {
-            "basis_codes": (torch.uint8, (rank, row_bytes(cols, shared_basis.BASIS_BITS))), "basis_row_scales": (torch.bfloat16, (rank,))}  # fmt: skip
-    if scheme.code == NESTED:
-        planes = {name: (torch.uint8, (count, rows, nested.plane_bytes(cols))) for name in nested.plane_names(int(scheme.bits))}
-        return planes | bank_tensors(Scheme(nested.BASE, scheme.group), count, rows, cols, dtype)
-    bits = int(scheme.bits)
-    tensors: Tensors = {
-        "codes": (torch.uint8, (count, rows, row_bytes(cols, bits))),
-        "row_scales": (torch.bfloat16, (count, rows)),
-    }
-    if scheme.group:
-        tensors["scales"] = (torch.uint8, (count, rows, groups(cols, scheme.group)))
-    if not scheme.symmetric:
-        tensors["zeros"] = (torch.uint8, (count, rows, zero_bytes(cols, bits, scheme.group)))
-    if scheme.outliers:
-        shape = (count, outliers.in_a_row(cols, scheme.outliers), rows)
-        tensors |= {"outlier_values": (torch.bfloat16, shape), "outlier_columns": (torch.uint8, shape)}
-    return tensors
 
 
 def unused_planes(scheme: Scheme, load_bits: int) -> list[str]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from moecompress.cli.bench import command
 from moecompress.errors import UserError
 from moecompress.evaluate import bench
-from moecompress.pack.int_format import stored_bytes
+from moecompress.pack.scheme import Scheme
 
 app = typer.Typer()
 app.command()(command)
@@ -34,7 +34,7 @@ def test_numbers_agree_with_each_other():
     assert [(r["batch"], r["weights"]) for r in rows] == [
         (b, w) for b in (1, 5) for w in ("b3g64a", "b3g64a_o1", "t2", "v2", "ternary", "sign", "b16", "bfloat16", "float32")
     ]
-    expert = 2 * stored_bytes(64, 128, 3, 64, False) + stored_bytes(128, 64, 3, 0, False)  # a group that holds the row needs no multipliers
+    expert = 2 * Scheme(3, 64, False).price(64, 128) + Scheme(3, 0, False).price(128, 64)  # a group that holds the row needs no multipliers
     for row in rows:
         seconds = row["microseconds_per_token"] * row["batch"] / 1e6
         touched = row["experts_per_step"]

@@ -12,6 +12,7 @@ import torch
 from moecompress.errors import UserError
 from moecompress.pack import int_format
 from moecompress.pack.int_format import BITS, GROUPS, IntBank
+from moecompress.pack.scheme import Scheme
 
 SHAPES = [(1, 1), (3, 31), (2, 33), (5, 257)]  # rows, cols
 
@@ -77,8 +78,8 @@ def test_round_trip_sizes_and_weights(bits, group, symmetric):
         assert torch.equal(int_format.unpack_codes(bank.codes, bits, cols), codes)
         if zeros is not None:
             assert torch.equal(int_format.unpack_zeros(bank.zeros, bits, zeros.shape[-1]), zeros)
-        real = sum(tensor.nbytes for tensor in bank.tensors().values())
-        assert real == 2 * int_format.stored_bytes(rows, cols, bits, group, symmetric)
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in bank.tensors().items()}
+        assert found == Scheme(bits, group, symmetric).tensors(2, rows, cols, torch.float32)
 
         # In float64, column by column.
         of_column = torch.tensor([c // group if group else 0 for c in range(cols)])
@@ -140,8 +141,9 @@ def test_golden_zeros_cross_bytes():
         ((5, 257, 8, 0, True), 5 * (272 + 2)),
     ],
 )
-def test_stored_bytes_by_hand(sizes, expected):
-    assert int_format.stored_bytes(*sizes) == expected
+def test_price_by_hand(sizes, expected):
+    rows, cols, *of_code = sizes
+    assert Scheme(*of_code).price(rows, cols) == expected
 
 
 def test_codes_that_do_not_fit_are_refused():
@@ -155,7 +157,7 @@ def test_codes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("name", "bits", "group"), [("bits", 5, 32), ("bits", 1, 32), ("group", 4, 48)])
 def test_unknown_parameters_are_refused(name, bits, group):
     with pytest.raises(UserError, match=f"no {name} ="):
-        int_format.stored_bytes(4, 4, bits, group, True)
+        Scheme(bits, group).tensors(1, 4, 4, torch.float32)
 
 
 def damaged(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:

@@ -12,7 +12,7 @@ from moecompress.errors import UserError
 from moecompress.pack import low_rank
 from moecompress.pack.low_rank import LowRankBank
 from moecompress.pack.scheme import Scheme
-from moecompress.runtime.bank import LowRank, bank_tensors
+from moecompress.runtime.bank import LowRank
 
 
 def random_bank(rows: int, cols: int, rank: int, kept: int, seed: int = 0) -> LowRankBank:
@@ -41,7 +41,7 @@ def test_sizes_bytes_and_names(rows: int, cols: int, shares: tuple[int, int]) ->
     assert rank == max(1, int(shares[0] * min(rows, cols) / 1000 + 0.5)) and kept == int(shares[1] * cols / 1000)
     assert 1 <= rank <= min(rows, cols - kept)
     scheme = Scheme.parse(f"lr{shares[0]}s{shares[1]}")
-    tensors = bank_tensors(scheme, 2, rows, cols, torch.float32)
+    tensors = scheme.tensors(2, rows, cols, torch.float32)
     assert 2 * scheme.price(rows, cols) == sum(torch.empty(shape, dtype=kind).nbytes for kind, shape in tensors.values())
     assert ("kept" in tensors) == bool(kept) and scheme.fitted(cols) == scheme
     if min(rows, cols) > 1:  # never more than bits say but for rounding the rank up and the numbers of columns

@@ -53,8 +53,9 @@ def test_fewer_bits_are_the_shifted_codes(bits, group):
     for rows, cols in SHAPES:
         codes, row_scales, scales = random_parts(rows, cols, bits, group)
         bank = nested.pack(codes, row_scales, scales, bits, group)
-        assert sum(tensor.nbytes for tensor in bank.tensors().values()) == 2 * nested.stored_bytes(rows, cols, bits, group)
-        assert Scheme.parse(f"n{bits}g{group}s").price(rows, cols) == nested.stored_bytes(rows, cols, bits, 0 if group >= cols else group)
+        scheme = Scheme.parse(f"n{bits}g{group}s")
+        assert {name: (t.dtype, tuple(t.shape)) for name, t in bank.tensors().items()} == scheme.tensors(2, rows, cols, torch.float32)
+        assert scheme.price(rows, cols) == Scheme.parse(f"b{bits}g{group}s").price(rows, cols)
         of_column = torch.tensor([c // group if group else 0 for c in range(cols)])
         scale = row_scales.double()[..., None] * (scales.double()[..., of_column] if scales is not None else 1)
         for k in widths(bits):

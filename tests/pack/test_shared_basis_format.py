@@ -11,7 +11,6 @@ from moecompress.errors import UserError
 from moecompress.pack import int_format, shared_basis
 from moecompress.pack.scheme import Scheme
 from moecompress.pack.shared_basis import SharedBasisBank
-from moecompress.runtime.bank import bank_tensors
 
 
 def random_bank(rows: int, cols: int, rank: int, bits: int = 4, group: int = 32, seed: int = 0) -> SharedBasisBank:
@@ -46,7 +45,7 @@ def test_sizes_bytes_and_names(rows: int, cols: int, name: str) -> None:
     assert Scheme.parse(scheme.name) == scheme and scheme.coefficients.name == scheme.name[len(name.split("b")[1]) + 2 :]
     rank = max(1, int(scheme.shares[0] * cols / 1000 + 0.5))
     assert scheme.rank(cols) == rank <= max(1, cols) and (scheme.group == 0 or scheme.group < rank)
-    tensors = bank_tensors(scheme, 5, rows, cols, torch.float32)
+    tensors = scheme.tensors(5, rows, cols, torch.float32)
     nbytes = {key: torch.empty(shape, dtype=kind).nbytes for key, (kind, shape) in tensors.items()}
     shared = nbytes["basis_codes"] + nbytes["basis_row_scales"]
     assert scheme.shared_bytes(cols) == shared == rank * (16 * -(-cols // 16) + 2)

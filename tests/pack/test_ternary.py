@@ -9,6 +9,7 @@ import torch
 
 from moecompress.errors import UserError
 from moecompress.pack import ternary
+from moecompress.pack.scheme import Scheme
 
 WIDTHS = [1, 4, 5, 6, 31, 33, 257]
 
@@ -45,14 +46,14 @@ def test_frozen_bytes():
 def test_banks_hold_their_weights_in_the_bytes_they_say(cols):
     trits, levels = random_digits(3, 2, 3, cols), torch.randn(2, 3, 2).bfloat16()
     bank = ternary.pack_ternary(trits, levels)
-    assert sum(t.nbytes for t in bank.tensors().values()) == 2 * ternary.ternary_bytes(3, cols)
+    assert sum(t.nbytes for t in bank.tensors().values()) == 2 * Scheme.parse("ternary").price(3, cols)
     found = ternary.dequantize(bank)
     for n, r, c in [(0, 0, 0), (1, 2, cols - 1), (1, 0, cols // 2)]:
         assert found[n, r, c] == [float(levels[n, r, 0]), 0.0, float(levels[n, r, 1])][trits[n, r, c]]
 
     bits, scales = random_digits(2, 2, 3, cols), torch.rand(2, 3).bfloat16()
     signs = ternary.pack_signs(bits, scales)
-    assert sum(t.nbytes for t in signs.tensors().values()) == 2 * ternary.sign_bytes(3, cols)
+    assert sum(t.nbytes for t in signs.tensors().values()) == 2 * Scheme.parse("sign").price(3, cols)
     assert torch.equal(ternary.dequantize(signs), (2.0 * bits - 1) * scales.float().unsqueeze(-1))
     assert ternary.dequantize(signs, torch.bfloat16).dtype == torch.bfloat16
 

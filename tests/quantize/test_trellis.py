@@ -8,7 +8,8 @@ import torch
 from moecompress.errors import UserError
 from moecompress.kernels import trellis as native
 from moecompress.pack import rotation
-from moecompress.pack.trellis import RATES, TABLE_STEP, WINDOW, TrellisBank, dequantize, stored_bytes, table, windows
+from moecompress.pack.scheme import TRELLIS, Scheme
+from moecompress.pack.trellis import RATES, TABLE_STEP, WINDOW, TrellisBank, dequantize, table, windows
 from moecompress.quantize.trellis import DISTORTION as EXPECTED
 from moecompress.quantize.trellis import Coded, alike, block_feedback, expected_error, study
 from moecompress.quantize.trellis import encode as encode_with
@@ -81,12 +82,12 @@ def test_file_decodes_to_what_was_measured(rows: int, cols: int) -> None:
     assert torch.allclose(dequantize(coded.bank), coded.values, atol=1e-5)
     lost = (straight(coded, 7) - weights).square().sum((1, 2)) / weights.square().sum((1, 2))
     assert torch.allclose(lost, coded.error, rtol=1e-3)
-    assert sum(t.nbytes for t in coded.bank.tensors().values()) == 2 * stored_bytes(rows, cols, 1.5)
+    assert sum(t.nbytes for t in coded.bank.tensors().values()) == 2 * Scheme(1.5, code=TRELLIS).price(rows, cols)
 
 
 def test_exactly_the_rate_in_bits() -> None:
-    assert 8 * (stored_bytes(768, 2048, 2) - 4) / (768 * 2048) == 2
-    assert 8 * (stored_bytes(768, 2048, 0.75) - 4) / (768 * 2048) == 0.75
+    assert 8 * (Scheme(2, code=TRELLIS).price(768, 2048) - 4) / (768 * 2048) == 2
+    assert 8 * (Scheme(0.75, code=TRELLIS).price(768, 2048) - 4) / (768 * 2048) == 0.75
 
 
 def test_feedback_lowers_the_output_error() -> None:

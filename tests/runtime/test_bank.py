@@ -10,7 +10,7 @@ from moecompress.kernels import trellis as native
 from moecompress.model.experts import ExpertsLayout
 from moecompress.pack.scheme import Scheme
 from moecompress.quantize.encode import Settings, encode, study
-from moecompress.runtime.bank import PackedBank, bank_tensors, make_bank, turn, turn_back
+from moecompress.runtime.bank import PackedBank, make_bank, turn, turn_back
 from moecompress.runtime.packed import PackedExperts
 
 NAMES = ["b3g32s", "b2g64a", "b2g64a_o1", "b4g32s_o0_5", "n3g64s", "n4g32s", "lr250s50", "lr125s0", "sb500b4g32a", "sb250b3g0s", "t0_5", "t1_25", "t2", "t3",
@@ -29,7 +29,7 @@ def filled(name: str, weights: torch.Tensor) -> tuple[PackedBank, torch.Tensor]:
     inputs = study(torch.eye(cols).repeat(count, 1, 1), [str(i) for i in range(count)], settings, [scheme])
     encoded = encode(weights, inputs, scheme, settings)
     tensors = encoded.bank.tensors()
-    expected = bank_tensors(scheme, count, rows, cols, torch.float32)
+    expected = scheme.tensors(count, rows, cols, torch.float32)
     assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == expected
     assert sum(t.nbytes for t in tensors.values()) == count * scheme.price(rows, cols) + scheme.shared_bytes(cols)
     for key, value in tensors.items():
