@@ -57,7 +57,7 @@ from moecompress.route.frontier import Bench
 from moecompress.runtime import pruner
 from moecompress.runtime.loading import prepare
 from moecompress.runtime.registration import FORMAT_VERSION, METHOD
-from moecompress.runtime.skipping import KEY
+from moecompress.runtime.skipping import forget_policy
 from moecompress.transform.shed import thinning
 from moecompress.transform.shrink import with_number
 
@@ -178,6 +178,7 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         names.setdefault(scheme.name, []).append(name)
     config: dict[str, Any] = dict(opened.checkpoint.config)
     fewer: dict[str, Any] = {}
+    forget_policy(config, fewer=bool(done["kept"]), thinner=bool(slimmed_experts(schemes)))
     if done["kept"]:
         config, fewer = with_fewer(config, job, done["kept"])
     config["quantization_config"] = {"quant_method": METHOD, "version": FORMAT_VERSION, "dtype": dtype,
@@ -215,8 +216,6 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
 def with_fewer(config: dict[str, Any], job: Job, kept: dict[int, list[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json of a model whose layers keep these experts, and what its quantization_config says of them. Where all layers keep
     equally many it is an ordinary config with another number."""
-    if config.pop(KEY, None):
-        notice("the model's routing policy was tuned for more experts and is left out; see `moecompress tune-routing`")
     moe, keys = job.opened.anatomy.moe, job.slicing.keys
     counts = {layer.module: len(kept[index]) if index in kept else layer.layout.experts for index, layer in moe.items()}
     if len(set(counts.values())) == 1:

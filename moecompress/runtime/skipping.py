@@ -24,6 +24,7 @@ from moecompress.errors import UserError
 from moecompress.model.anatomy import top_k_of
 from moecompress.model.checkpoint import read_config
 from moecompress.model.experts import layout_of, resolve, routers
+from moecompress.progress import notice
 from moecompress.runtime import attention, kinds, pruner, seam
 from moecompress.runtime.attention import Received
 from moecompress.runtime.kinds import Kinds
@@ -336,6 +337,15 @@ def remove(model: nn.Module, join: bool = True) -> None:
     kinds.unwatch(model)
     if hasattr(model.config, KEY):
         delattr(model.config, KEY)
+
+
+def forget_policy(config: dict[str, Any], fewer: bool, thinner: bool) -> None:
+    """Take the policy out of the config.json of a model whose experts are other ones now, and say so. Thresholds and masks are
+    about how many experts there are, the vectors of compressed experts also about their neurons."""
+    policy = (config.get(KEY) or {}).get("policy")
+    if policy is not None and (fewer or (thinner and policy == "compressed-experts")):
+        del config[KEY]
+        notice("the model's routing policy was tuned for other experts and is left out; see `moecompress tune-routing`")
 
 
 def parse(record: Any) -> Policy:

@@ -21,9 +21,8 @@ from moecompress.model.checkpoint import copy_companions, write_text
 from moecompress.model.experts import find_experts, layout_of
 from moecompress.model.skeleton import build_skeleton, load_config
 from moecompress.model.walk import OpenModel
-from moecompress.progress import notice
 from moecompress.runtime import seam
-from moecompress.runtime.skipping import KEY
+from moecompress.runtime.skipping import forget_policy
 
 #: What may become smaller: a field of ExpertsLayout -> its name in messages.
 EXPERTS, WIDTH = "experts", "width"
@@ -87,9 +86,7 @@ def shrink(opened: OpenModel, field: str, count: int, folder: Path, trust_remote
     whole = size_of(opened, field)
 
     kept = dict(opened.checkpoint.config)
-    # Thresholds and masks are about how many experts there are, the vectors of compressed experts also about how wide they are.
-    if (field == EXPERTS or (kept.get(KEY) or {}).get("policy") == "compressed-experts") and kept.pop(KEY, None):
-        notice("the model's routing policy was tuned for other experts and is left out; see `moecompress tune-routing`")
+    forget_policy(kept, fewer=field == EXPERTS, thinner=field == WIDTH)
 
     def build(numbers: Mapping[str, int]) -> PreTrainedModel:
         config = reduce(lambda done, key: with_number(done, key, numbers[key]), numbers, kept)

@@ -31,7 +31,7 @@ from moecompress.route.frontier import counting
 from moecompress.runtime import loading
 from moecompress.runtime.bank import DenseBank, IntegerBank, PackedBank
 from moecompress.runtime.packed import PackedExperts
-from moecompress.runtime.skipping import KEY, Policy, read_policy
+from moecompress.runtime.skipping import KEY, Policy, forget_policy, read_policy
 
 FAMILIES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_5_moe"]
 WEIGHTS_ALONE = ["odp", "naee", "top-p", "modes"]
@@ -353,3 +353,13 @@ def test_damaged_policies_are_refused(make, tmp_path: Path, change: dict, words:
     for load_it in (loading.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(UserError, match=words):
             load_it(folder)
+
+
+@pytest.mark.parametrize(("policy", "fewer", "thinner", "stays"), [
+    ("odp", False, True, True), ("odp", True, False, False), ("compressed-experts", False, True, False), ("compressed-experts", False, False, True),
+])  # fmt: skip
+def test_a_policy_of_other_experts_is_forgotten(policy: str, fewer: bool, thinner: bool, stays: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {KEY: {"policy": policy}, "hidden_size": 64}
+    forget_policy(config, fewer, thinner)
+    assert (KEY in config) == stays and config["hidden_size"] == 64
+    assert ("tune-routing" in capsys.readouterr().err) == (not stays)
