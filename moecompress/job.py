@@ -17,6 +17,7 @@ from moecompress.calibrate.data import TokenBatches, split_heldout, token_batche
 from moecompress.calibrate.observe import Calibration
 from moecompress.errors import UserError
 from moecompress.evaluate.divergence import Trace, trace
+from moecompress.kernels import trellis
 from moecompress.model.checkpoint import give_name, resolve, write_text
 from moecompress.model.skeleton import compute_dtype, load_tokenizer
 from moecompress.model.walk import OpenModel
@@ -24,7 +25,7 @@ from moecompress.pack.manifest import write_manifest
 from moecompress.pack.scheme import Scheme
 from moecompress.progress import notice, say
 from moecompress.quantize.encode import Settings
-from moecompress.recipe import Recipe
+from moecompress.recipe import INTEGERS, TRELLIS_AND_WIDE, Recipe
 from moecompress.runtime.loading import verify_files
 from moecompress.runtime.registration import FORMAT_VERSION
 from moecompress.transform.shed import Slicing, slicing
@@ -92,7 +93,19 @@ class Job:
 
     @property
     def schemes(self) -> list[Scheme]:
-        return [Scheme(c.bits, c.group, c.symmetric, c.code, c.outliers, c.shares) for c in self.recipe.allocate.candidates]
+        """The recipe's candidates, or what stands for them."""
+        candidates, plain = self.recipe.allocate.candidates, self._plain_rounding or self.without_trellis
+        chosen = candidates if candidates is not None else INTEGERS if plain else TRELLIS_AND_WIDE
+        return [Scheme(c.bits, c.group, c.symmetric, c.code, c.outliers, c.shares) for c in chosen]
+
+    @property
+    def without_trellis(self) -> bool:
+        """Are integers used for want of the compiled encoder?"""
+        return self.recipe.allocate.candidates is None and not self._plain_rounding and not trellis.available()
+
+    @property
+    def _plain_rounding(self) -> bool:
+        return self.recipe.allocate.allocator == "pmq" or self.recipe.quantize.method == "rtn"
 
     def fingerprint(self) -> str:
         recipe = self.recipe.without_limits()

@@ -24,7 +24,7 @@ from moecompress.allocate.plan import Plan
 from moecompress.calibrate import prediction
 from moecompress.calibrate.gradient import by_gradient, refuse_large
 from moecompress.calibrate.observe import observe
-from moecompress.calibrate.statistics import Statistics, thinning_of
+from moecompress.calibrate.statistics import Statistics, narrowing_of, thinning_of
 from moecompress.compress import Work, compress, linear_schemes, role_bits
 from moecompress.distill.repair import refuse_little_memory, repair_routers
 from moecompress.errors import UserError
@@ -85,6 +85,9 @@ class Result:
 
 def calibrate(job: Job, work: Path) -> Statistics:
     thin, narrow = may_drop(job), may_slim(job)
+    if job.without_trellis:
+        notice("the compiled trellis encoder is missing, so the candidates are integers of 2 bits and more; install moecompress where a C++ "
+               "compiler is")  # fmt: skip
     if (work / "statistics.json").exists():
         statistics = Statistics.load(work)
         made = (statistics.fingerprint, statistics.schemes, statistics.harm)
@@ -92,7 +95,8 @@ def calibrate(job: Job, work: Path) -> Statistics:
         if made == wanted and statistics.thinned >= thin and statistics.narrowed >= narrow:
             return statistics
         shutil.rmtree(work)
-    elif thin and any(thinning_of(load_file(path)) is None for path in work.glob("layer-*.safetensors")):
+    elif any(needed and of(load_file(path)) is None for needed, of in ((thin, thinning_of), (narrow, narrowing_of))
+             for path in work.glob("layer-*.safetensors")):  # fmt: skip
         shutil.rmtree(work)  # an older version began it, which measured less
     if job.recipe.allocate.harm == "gradient":
         refuse_large(job.opened, job.tokens.ids.shape[1])
@@ -199,6 +203,8 @@ def build(job: Job, statistics: Statistics, chosen: Plan, folder: Path, label: s
         "expert_weights": weights,
         "bits_per_weight": 8 * stored / weights,
         "target": job.recipe.target.model_dump(mode="json"),
+        "candidates": statistics.schemes,
+        "without_trellis": job.without_trellis,
         "unreached_experts": [f"L{layer:02d}.E{expert:03d}" for layer, expert in statistics.unreached()],
         "fallbacks": done["fallbacks"],
         "errors": done["errors"],

@@ -6,6 +6,7 @@ ever exceeded, and what one plan's headers, indices and books leave is given to 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from moecompress.allocate.joint import Ladder, Level, joint_plan, smallest_joint
 from moecompress.allocate.plan import Control, Plan, make_plan, smallest_bytes, uniform_plan
 from moecompress.allocate.pmq import Factors
 from moecompress.calibrate.statistics import Statistics
-from moecompress.compress import Shared, kept_experts, linear_schemes, rest_shards, role_bits
+from moecompress.compress import kept_experts, linear_schemes, rest_shards, role_bits
 from moecompress.errors import UserError
 from moecompress.job import Job
 from moecompress.model.anatomy import EXPERT, Anatomy
@@ -28,6 +29,7 @@ from moecompress.pack.scheme import DROPPED, NESTED, SHARED_BASIS, VECTOR, Schem
 from moecompress.pack.size import shard_bytes
 from moecompress.progress import notice
 from moecompress.recipe import Recipe, expert_of
+from moecompress.rounding import Shared
 from moecompress.transform.shed import Slicing
 
 #: A plan for a target size is refined until less than this share of it is left over, or this often.
@@ -50,8 +52,10 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
     settings = job.recipe.allocate
     slimming = may_slim(job) and statistics.narrowed
     thinner, thin_harm = thinner_of(job.opened, statistics) if slimming else ([], harm[:, :0])
-    budget = expert_budget(job, [*statistics.schemes, *(scheme.name for scheme in thinner)])
-    of_all = least = smallest_bytes(units, candidates, harm)
+    budget = expert_budget(job, statistics.schemes)
+    # Of a size, the headers of more banks may have to be paid for.
+    joint_budget = expert_budget(job, [*statistics.schemes, *(scheme.name for scheme in thinner)])
+    of_all = smallest_bytes(units, candidates, harm)
     dropping = may_drop(job) and statistics.thinned
     for wish, can, what in ((settings.drop, dropping, "drop"), (settings.slim, slimming, "slim")):
         if wish is True and not can:
@@ -63,11 +67,12 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
     ladder = ladder_of(statistics) if dropping else every_expert(statistics)
     every, every_harm = [*candidates, *thinner], np.concatenate([harm, thin_harm], 1)
     joint = dropping or slimming
+    lacking = 0 if budget is None else of_all - budget
     if joint:
-        of_some = smallest_joint(units, every, every_harm, ladder) + tables
-        joint, least = budget is not None and budget >= of_some, min(of_all, of_some)
-    if budget is not None and budget < least:
-        raise too_small(job, budget, least)
+        more = 0 if joint_budget is None else smallest_joint(units, every, every_harm, ladder) + tables - joint_budget
+        joint, lacking = joint_budget is not None and more <= 0, min(lacking, more)
+    if lacking > 0:
+        raise too_small(job, lacking)
     factors = _factors(job.opened.anatomy, statistics) if settings.allocator == "pmq" else None
     seed = job.recipe.compute.seed
 
@@ -82,7 +87,7 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
         assert budget_bytes is not None
         return joint_plan(units, candidates, harm, ladder, budget_bytes - tables, settings, seed)
 
-    def made_by(make: Callable[[int | None], Plan]) -> Plan:
+    def made_by(make: Callable[[int | None], Plan], budget: int | None = budget) -> Plan:
         made = make(budget)
         if job.recipe.target.size is not None and budget is not None:
             made = use_whole_size(made, budget, job.recipe.target.size, make, lambda plan: written_bytes(job, plan))
@@ -92,7 +97,7 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
 
     books = shared_bytes(job.opened.anatomy, statistics.schemes)
     others: dict[str, Plan] = {}
-    made = made_by(jointly if joint else bits_alone)
+    made = made_by(jointly, joint_budget) if joint else made_by(bits_alone)
     if made.slimmed and dropping and budget is not None and budget >= smallest_joint(units, candidates, harm, ladder) + tables:
         others["whole"] = made_by(as_wide)
         if others["whole"].harm <= made.harm:
@@ -128,8 +133,8 @@ def may_drop(job: Job) -> bool:
 
 
 def may_slim(job: Job) -> bool:
-    """Are thinner experts among the candidates? Not with the original's outputs as target: they are of all neurons."""
-    return job.recipe.allocate.granularity == "expert" and job.recipe.quantize.target == "own" and _may(job, job.recipe.allocate.slim)
+    """Are thinner experts among the candidates?"""
+    return job.recipe.allocate.granularity == "expert" and _may(job, job.recipe.allocate.slim)
 
 
 def _may(job: Job, wish: bool | str) -> bool:
@@ -286,16 +291,15 @@ def refuse_no_target(recipe: Recipe) -> None:
                         + ("; its transform steps alone are what `moecompress prune` does" if recipe.transform else ""))  # fmt: skip
 
 
-def too_small(job: Job, budget: int, least: int) -> UserError:
-    target = job.recipe.target
+def too_small(job: Job, lacking: int) -> UserError:
+    """``lacking``: bytes of experts."""
+    target, remedy = job.recipe.target, "raise the target, or add candidates with fewer bits"
     if target.size is not None:
-        smallest = target.size - budget + least
-        return UserError("The target size cannot be reached", expected=f"at least {smallest:,} bytes with these candidates",
-                         got=f"{target.size:,} bytes", remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
-    weights, anatomy = job.given.opened.anatomy.expert_weights, job.opened.anatomy
-    extra = index_bytes(anatomy) + shared_bytes(anatomy, [scheme.name for scheme in job.schemes])
-    return UserError("The target cannot be reached", expected=f"at least {8 * (least + extra) / weights:.4f} bits per expert weight",
-                     got=target.bits, remedy="raise the target, or add candidates with fewer bits")  # fmt: skip
+        return UserError("The target size cannot be reached", expected=f"at least {target.size + lacking:,} bytes with these candidates",
+                         got=f"{target.size:,} bytes", remedy=remedy)  # fmt: skip
+    assert target.bits is not None
+    least = math.ceil(1e4 * (target.bits + 8 * lacking / job.given.opened.anatomy.expert_weights)) / 1e4
+    return UserError("The target cannot be reached", expected=f"at least {least:.4f} bits per expert weight", got=target.bits, remedy=remedy)
 
 
 def use_whole_size(made: Plan, budget: int, size: int, make: Callable[[int], Plan], written: Callable[[Plan], int]) -> Plan:

@@ -245,13 +245,10 @@ class CandidateRecipe(_Section):
         return self
 
 
-_DEFAULT_CANDIDATES = (
-    CandidateRecipe(bits=2, group=64),
-    CandidateRecipe(bits=3, group=64),
-    CandidateRecipe(bits=4, group=64),
-    CandidateRecipe(bits=8, group=128),
-    CandidateRecipe(bits=16),
-)
+_WIDE = (CandidateRecipe(bits=8, group=128), CandidateRecipe(bits=16))
+#: What `AllocateRecipe.candidates` stands for where it is null.
+TRELLIS_AND_WIDE = (*(CandidateRecipe(code="trellis", bits=bits, group=0) for bits in (0.5, 1, 1.5, 2, 2.5, 3, 4)), *_WIDE)
+INTEGERS = (*(CandidateRecipe(bits=bits, group=64) for bits in (2, 3, 4)), *_WIDE)
 
 
 class AllocateRecipe(_Section):
@@ -265,16 +262,17 @@ class AllocateRecipe(_Section):
     harm: Literal["forward", "gradient"] = "forward"
     #: what is decided together: every expert matrix alone, one projection of all experts of a layer, or a whole layer
     granularity: Literal["expert", "projection", "layer"] = "expert"
-    candidates: Annotated[tuple[CandidateRecipe, ...], Field(min_length=1)] = _DEFAULT_CANDIDATES
+    #: null: the trellis's rates from half a bit to four, 8-bit integers and 16 bits; integers of 2, 3, 4 and 8 bits and 16 bits
+    #: for allocator pmq, for rounding to nearest, and where the compiled trellis encoder is missing
+    candidates: Annotated[tuple[CandidateRecipe, ...], Field(min_length=1)] | None = None
     #: the plan that the chosen one must beat on held-out text; if it does not, that one is used and the user is told
     compare: Literal["uniform", "none"] = "uniform"
     #: may experts be left out, so that the others have more bits? auto: where the target leaves less than 2.25 bits a weight.
     #: The plan with dropped experts must beat the one without on held-out text, unless compare is none
     drop: bool | Literal["auto"] = "auto"
     #: may each expert lose a quarter, half or three quarters of its neurons, so that the others have more bits? auto: where the
-    #: target leaves less than 2.25 bits a weight, and measured as of drop. Only with granularity expert, and not with
-    #: quantize.target cross
-    slim: bool | Literal["auto"] = False
+    #: target leaves less than 2.25 bits a weight, and measured as of drop. Only with granularity expert
+    slim: bool | Literal["auto"] = "auto"
     #: stop when the result is further than this from the original: KL in nats a token, on held-out text (null: never)
     max_kl: Number | None = None
     #: pmq: exponents of the token share, of the mean routing weight and of the block error (arXiv:2410.06270)
@@ -286,8 +284,8 @@ class AllocateRecipe(_Section):
 
     @field_validator("candidates")
     @classmethod
-    def _no_twins(cls, value: tuple[CandidateRecipe, ...]) -> tuple[CandidateRecipe, ...]:
-        if len(set(value)) != len(value):
+    def _no_twins(cls, value: tuple[CandidateRecipe, ...] | None) -> tuple[CandidateRecipe, ...] | None:
+        if value is not None and len(set(value)) != len(value):
             raise ValueError("the same candidate is listed twice")
         return value
 
@@ -550,12 +548,6 @@ class Recipe(_Section):
         if value is not None and not isinstance(value, list | tuple):
             raise ValueError("should be a list of steps, such as [{method: reap, keep: 0.75}]")
         return value or ()
-
-    @model_validator(mode="after")
-    def _whole_for_cross(self) -> Recipe:
-        if self.allocate.slim is True and self.quantize.target == "cross":
-            raise ValueError("with quantize.target cross experts cannot become thinner; leave out allocate.slim, or use target own")
-        return self
 
     def without_limits(self) -> Recipe:
         """The same work: limits only decide whether it goes on."""

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moecompress"
 #: The way of the data. A room may import rooms above it; pack's manifest describes checkpoints, so model comes first.
-ORDER = ["errors", "progress", "recipe", "model", "pack", "kernels", "runtime", "allocate", "quantize", "calibrate", "compress",
+ORDER = ["errors", "progress", "recipe", "model", "pack", "kernels", "runtime", "allocate", "quantize", "calibrate", "rounding", "compress",
          "transform", "evaluate", "job", "plans", "route", "distill", "prune", "pipeline", "convert", "report", "export", "cli"]  # fmt: skip
 
 

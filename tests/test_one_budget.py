@@ -24,8 +24,8 @@ from moecompress.pack.manifest import read_manifest
 from moecompress.runtime import loading
 
 pytestmark = pytest.mark.usefixtures("quiet_and_single_threaded")
-#: Two bits (and a half, with scales) or more: any smaller target needs experts to go.
-WIDE = "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}, {bits: 4, group: 0}]"
+#: Two bits (and a half, with scales) or more: any smaller target needs experts to go, as long as they keep their width.
+WIDE = ["allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}, {bits: 4, group: 0}]", "allocate.slim=false"]
 
 
 def way_of(level: Level) -> str:
@@ -51,7 +51,7 @@ def thinned(request, tiny_model: Path, text_file: Path, tmp_path_factory) -> Pat
     """The tiny model, 8 experts a layer, at 1.7 bits, which two-bit codes alone cannot reach."""
     folder = tmp_path_factory.mktemp("thinned") / request.param
     with only(request.param):
-        result = pipeline.quantize(job_of(tiny_model, text_file, "target.bits=1.7", WIDE), folder)
+        result = pipeline.quantize(job_of(tiny_model, text_file, "target.bits=1.7", *WIDE), folder)
     assert result.chosen == "plan" and set(result.measured) == {"plan"}  # nothing else fits
     return folder
 
@@ -170,7 +170,7 @@ def test_equal_layers_are_an_ordinary_checkpoint(tiny_model, text_file, tmp_path
 
 def test_joint_plan_must_beat_the_others(tiny_model, text_file, tmp_path):
     """Where all experts fit, too, both ways and the uniform plan are measured, and the best is written."""
-    recipe = ["target.bits=2.4", WIDE, "allocate.drop=true"]
+    recipe = ["target.bits=2.4", *WIDE, "allocate.drop=true"]
     result = pipeline.quantize(job_of(tiny_model, text_file, *recipe), tmp_path / "out")
     plan, others = plans.plan_and_others(job_of(tiny_model, text_file, *recipe), result.statistics)
     assert set(others) == ({"bits", "uniform"} if plan.dropped else {"uniform"})
@@ -184,7 +184,7 @@ def test_joint_plan_must_beat_the_others(tiny_model, text_file, tmp_path):
 @pytest.mark.parametrize("drop", ["true", "false"])
 def test_byte_target_with_drops(tiny_model, text_file, tmp_path, drop):
     size = 250_000
-    job = job_of(tiny_model, text_file, f"target.size={size}", WIDE, f"allocate.drop={drop}", "allocate.compare=none")
+    job = job_of(tiny_model, text_file, f"target.size={size}", *WIDE, f"allocate.drop={drop}", "allocate.compare=none")
     if drop == "false":
         with pytest.raises(UserError, match="cannot be reached"):
             pipeline.quantize(job, tmp_path / "out")
@@ -194,7 +194,7 @@ def test_byte_target_with_drops(tiny_model, text_file, tmp_path, drop):
 
 
 def test_guard_names_the_layer(tiny_model, text_file, tmp_path):
-    changes = ["target.bits=1.7", WIDE, "allocate.max_kl=1e-4"]
+    changes = ["target.bits=1.7", *WIDE, "allocate.max_kl=1e-4"]
     with pytest.raises(UserError, match="too far from the original") as error:
         pipeline.quantize(job_of(tiny_model, text_file, *changes), tmp_path / "out")
     assert "in layer" in str(error.value) and not (tmp_path / "out").exists()
@@ -208,7 +208,7 @@ WAYS = [(family, way) for family in ("mixtral", "olmoe", "gpt_oss", "glm4_moe", 
 @pytest.mark.parametrize(("family", "way"), [*WAYS, ("deepseek_v4", "merged")])  # the last one's router has tables
 def test_family(family: str, way: str, tmp_path: Path) -> None:
     trip = roundtrip.start(family, tmp_path)
-    recipe = roundtrip._recipe("target.bits=2.1", "allocate.drop=true", "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}]")
+    recipe = roundtrip._recipe("target.bits=2.1", "allocate.drop=true", "allocate.slim=false", "allocate.candidates=[{bits: 2, group: 0}, {bits: 3, group: 0}]")
     with only(way):
         result = pipeline.quantize(pipeline.make_job(str(trip.source), recipe, tokens=trip.tokens), trip.packed)
     assert result.plan.dropped and bool(result.plan.shared) == (way != "again") and bool(result.plan.merged) == (way == "merged")

@@ -69,6 +69,26 @@ def test_bit_target_and_granularity(tiny_model, text_file, tmp_path, granularity
     assert result.chosen == min(measured, key=lambda label: measured[label])
 
 
+TRELLIS, WIDE = ["t0_5", "t1", "t1_5", "t2", "t2_5", "t3", "t4"], ["b8g128s", "b16"]
+INTEGERS = ["b2g64s", "b3g64s", "b4g64s"]
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ([], TRELLIS), (["allocate.allocator=pmq"], INTEGERS), (["quantize.method=rtn"], INTEGERS), (["allocate.allocator=uniform"], TRELLIS),
+])  # fmt: skip
+def test_candidates_where_none_are_named(tiny_model, text_file, changes, expected):
+    job = job_of(tiny_model, text_file, "target.bits=3", *changes)
+    assert [scheme.name for scheme in job.schemes] == [*expected, *WIDE] and not job.without_trellis
+
+
+def test_integers_where_the_trellis_cannot_be_encoded(tiny_model, quick, tmp_path, moecompress, monkeypatch):
+    monkeypatch.setattr("moecompress.kernels.trellis.available", lambda: False)
+    ran = moecompress("quantize", tiny_model, "-o", tmp_path / "out", "--target-bits", 3.5, *quick)
+    assert ran.code == 0 and "the candidates are integers" in ran.err
+    record = json.loads((tmp_path / "out" / "moecompress" / "manifest.json").read_text())
+    assert record["candidates"] == [*INTEGERS, *WIDE] and record["without_trellis"]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_files_run(path, tiny_model, text_file, tmp_path):
     recipe = load_recipe(path, [*SMALL, f"calibration.text={json.dumps(str(text_file))}"])

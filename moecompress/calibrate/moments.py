@@ -33,9 +33,10 @@ class ExpertMoments:
     weights: projection -> float32 [n, out, in]. hessians: float32 [n, in, in] of the experts' input ("input", of gate and
     up) and of what enters down ("inner"): means over tokens weighted by the power of the gate, shrunk. row_weight:
     projection -> [n, out], how much a squared error of that output row (of gate or up: before the activation) becomes
-    squared error of the expert's output. mass: [n] Σ g² over tokens. drift: as the Hessians, mean x̂ (x − x̂)ᵀ where x̂ is not
-    the original's x, shrunk like them. keep: int64 [n, width], of experts that were made thinner: which neurons they are left
-    with, in the order of their matrices; None: all.
+    squared error of the expert's output. mass: [n] Σ g² over tokens. drift: where x̂ is not the original's x, shrunk like the
+    Hessians: mean x̂ (x − x̂)ᵀ [n, in, in] of the input, mean x̂ (y − W x̂)ᵀ [n, in, out] of what enters down, with y the expert's
+    output in the original. keep: int64 [n, width], of experts that were made thinner: which neurons they are left with, in the
+    order of their matrices; None: all. whole: the weights before that.
     """
 
     experts: list[int]
@@ -45,6 +46,7 @@ class ExpertMoments:
     mass: torch.Tensor
     drift: dict[str, torch.Tensor] = field(default_factory=dict)
     keep: torch.Tensor | None = None
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def take(self, positions: list[int]) -> ExpertMoments:
         """Some of the experts."""
@@ -56,7 +58,7 @@ class ExpertMoments:
 
         keep = None if self.keep is None else self.keep[positions]
         return ExpertMoments([self.experts[i] for i in positions], some(self.weights), some(self.hessians), some(self.row_weight),
-                             self.mass[positions], some(self.drift), keep)  # fmt: skip
+                             self.mass[positions], some(self.drift), keep, some(self.whole))  # fmt: skip
 
     @staticmethod
     def source(projection: str) -> str:
@@ -109,13 +111,14 @@ def _drifts(capture: Capture, original: torch.Tensor, routed: Routed, experts: l
     for expert in experts:
         pairs = routed.of(expert)
         token, omega = routed.token[pairs], token_weights(routed.gate[pairs], hessian)
-        found.append(_drift(capture.hidden[token].float(), original[token].float(), omega, prior))
+        now = capture.hidden[token].float()
+        found.append(_drift(now, original[token].float() - now, omega, prior))
     return torch.stack(found)
 
 
-def _drift(now: torch.Tensor, before: torch.Tensor, omega: torch.Tensor, prior: float) -> torch.Tensor:
-    """Mean x̂ (x − x̂)ᵀ, float32 [i, i], for x̂ ``now`` and x ``before``, both [n, i]: shrunk towards no drift."""
-    own = (now * omega[:, None]).T @ (before - now)
+def _drift(now: torch.Tensor, off: torch.Tensor, omega: torch.Tensor, prior: float) -> torch.Tensor:
+    """Mean x̂ offᵀ, float32 [i, k], for x̂ ``now`` [n, i] and what is missing ``off`` [n, k]: shrunk towards no drift."""
+    own = (now * omega[:, None]).T @ off
     return shrink(own, float(omega.sum()), len(now), torch.zeros(()), prior) + torch.zeros_like(own)
 
 
@@ -123,22 +126,27 @@ def entering_down(module: nn.Module, layout: ExpertsLayout, capture: Capture, mo
                   original: torch.Tensor, hessian: str, prior: float) -> ExpertMoments:  # fmt: skip
     """The same moments with Hessian and drift of what enters down once the matrices before it are ``rounded``.
 
-    x̂: the rounded gate and up on the compressed stream's token; x: the original ones on the original stream's.
+    rounded: projection -> [n, m, d], rows of neurons that are gone are not looked at. x̂: of these on the compressed stream's token;
+    y: of the original matrices on the original stream's.
     """
+    whole = moments.whole or moments.weights
     routed = route(capture, layout.experts)
     pool = capture.hidden[spread(capture.keep.nonzero().squeeze(1), POOL_TOKENS)].float()
     inner, drift = [], []
     for i, expert in enumerate(moments.experts):
         pairs = routed.of(expert)
         token, omega = routed.token[pairs], token_weights(routed.gate[pairs], hessian)
-        new, old = ({name: stack[i] for name, stack in stacks.items() if name != DOWN} for stacks in (rounded, moments.weights))
+        new, old = ({name: stack[i] for name, stack in stacks.items() if name != DOWN} for stacks in (rounded, whole))
         now, a_pool, before = (
             activate(module, layout, *_pre(weights, x.float()), expert).float()
             for weights, x in ((new, capture.hidden[token]), (new, pool), (old, original[token]))
         )
+        if moments.keep is not None:
+            now, a_pool = now[:, moments.keep[i]], a_pool[:, moments.keep[i]]
         mass, of_pool = float(omega.sum()), moment(a_pool) / max(1, len(pool))
         inner.append(shrink(moment(now, omega), mass, len(token), of_pool, prior * layout.width))
-        drift.append(_drift(now, before, omega, prior * layout.width))
+        off = before @ whole[DOWN][i].T - now @ moments.weights[DOWN][i].T
+        drift.append(_drift(now, off, omega, prior * layout.width))
     return replace(moments, hessians=moments.hessians | {"inner": torch.stack(inner)}, drift=moments.drift | {"inner": torch.stack(drift)})
 
 

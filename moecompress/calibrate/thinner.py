@@ -39,7 +39,7 @@ def thinned(moments: ExpertMoments, widths: Sequence[int], damping: float, modul
         reach = new.square().sum(1) / take(down.square().sum(1), keep, 1).clamp_min(torch.finfo(torch.float32).tiny)  # (n, width)
         rows = {name: each if name == DOWN else take(each, keep, 1) * reach for name, each in moments.row_weight.items()}
         hessians = moments.hessians | {"inner": take(take(inner, keep, 1), keep, 2)}
-        yield ExpertMoments(moments.experts, weights, hessians, rows, moments.mass, keep=keep), loss(down, new, inner, keep).double()
+        yield ExpertMoments(moments.experts, weights, hessians, rows, moments.mass, moments.drift, keep, moments.weights), loss(down, new, inner, keep).double()
 
 
 def by_width(chunks: Iterable[ExpertMoments], widths: Mapping[int, int], damping: float, module: str, allow_fallback: bool

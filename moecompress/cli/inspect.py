@@ -62,7 +62,7 @@ def describe(model: str, trust_remote_code: bool = False) -> dict:
     roles = anatomy.bytes_by_role()
     rest = sum(size for role, size in roles.items() if role != "expert")
     widths = {}
-    for name in ("b2g64s", "b3g64s", "b4g64s", "b8g128s", "b16"):
+    for name in ("t0_5", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "b2g64s", "b3g64s", "b4g64s", "b8g128s", "b16"):
         candidate = Candidate.parse(name)
         experts = sum(
             moe.layout.experts * candidate.price(*moe.layout.shape(p), opened.stored_dtype.itemsize)

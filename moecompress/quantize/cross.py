@@ -15,13 +15,14 @@ ALPHA = 1.0
 
 
 def mending(hessian: torch.Tensor, drift: torch.Tensor, damping: float) -> torch.Tensor:
-    """M [n, i, i], so that W (I + M) is the target of weights W [o, i].
+    """By how much inputs or outputs have to be made up for: [n, k, i].
 
-    hessian: Σ ω x̂ x̂ᵀ [n, i, i] of the inputs that a matrix will have; drift: Σ ω x̂ (x − x̂)ᵀ [n, i, i], with x the original's
-    inputs for the same tokens. V = W (I + M) minimises Σ ω ‖W x − V x̂‖² + λ ‖V − W‖², λ = damping · mean diag H: with
-    G = H + drift = Σ ω x̂ xᵀ it is W Gᵀ H⁻¹ where λ is 0. Zero where the Hessian has no factor.
+    hessian: Σ ω x̂ x̂ᵀ [n, i, i] of the inputs that a matrix will have. drift [n, i, k]: of the inputs, Σ ω x̂ (x − x̂)ᵀ with x the
+    original's inputs for the same tokens; then the target of weights W is W + W M. Or of the outputs, Σ ω x̂ (y − W x̂)ᵀ with y
+    the original's; then it is W + M. Both minimise Σ ω ‖y − V x̂‖² + λ ‖V − W‖² over V, λ = damping · mean diag H. Zero where the
+    Hessian has no factor.
     """
-    found = torch.zeros_like(drift)
+    found = torch.zeros_like(drift.transpose(1, 2))
     for index, one in enumerate(drift):
         lower = damped_cholesky(hessian[index], damping)
         if lower is not None:
@@ -29,6 +30,6 @@ def mending(hessian: torch.Tensor, drift: torch.Tensor, damping: float) -> torch
     return found
 
 
-def target(weights: torch.Tensor, mend: torch.Tensor, alpha: float = ALPHA) -> torch.Tensor:
-    """W + α (W* − W) for weights [n, o, i], W* = W (I + M) with M [n, i, i] of `mending`."""
-    return torch.baddbmm(weights, weights, mend, alpha=alpha)
+def target(weights: torch.Tensor, change: torch.Tensor, alpha: float = ALPHA) -> torch.Tensor:
+    """W + α (W* − W) for weights [n, o, i]; change: W* − W."""
+    return weights + alpha * change

@@ -97,11 +97,16 @@ class Encoded:
 def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: list[Scheme] | None = None) -> Inputs:
     """Order and factors of Hessians [n, i, i]; ``names`` for the error message when one cannot be factorised.
 
-    ``schemes``: those that will be asked for (None: any but trellis and vectors); what none of them needs is left out.
+    ``schemes``: those that will be asked for (None: any but trellis and vectors); what none of them needs is left out. Rounding
+    to nearest needs no factors but those of vectors.
     """
     codes = {scheme.code for scheme in schemes or [] if scheme.bits != 16}
     order = processing_order(hessian.diagonal(dim1=-2, dim2=-1), settings.order)
-    if codes and codes <= {TRELLIS, VECTOR}:
+    feedback = settings.method != "rtn"
+    if not feedback:  # an error in a column costs its diagonal entry, as if H had no others
+        pivots = hessian.diagonal(dim1=-2, dim2=-1).gather(1, order).clamp_min(torch.finfo(torch.float32).tiny)
+        upper, fallen = torch.diag_embed(pivots.rsqrt()), torch.zeros(len(names), dtype=torch.bool)
+    elif codes and codes <= {TRELLIS, VECTOR}:
         upper, fallen = hessian, torch.zeros(len(names), dtype=torch.bool)
     else:
         upper, failed = factor(permuted(hessian, order), settings.damping, names, settings.allow_fallback)
@@ -115,7 +120,7 @@ def study(hessian: torch.Tensor, names: list[str], settings: Settings, schemes: 
         hessian = torch.where(fallen[:, None, None], diagonal, hessian)
     turned = None
     if TRELLIS in codes:
-        turned, unfactored = trellis.study(hessian, names, settings.damping, settings.seed, settings.allow_fallback)
+        turned, unfactored = trellis.study(hessian, names, settings.damping, settings.seed, settings.allow_fallback, feedback)
         fallen = fallen | unfactored
     return Inputs(hessian, order, upper, fallen, turned, lower)
 

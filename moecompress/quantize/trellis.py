@@ -50,11 +50,14 @@ class Coded:
     error: torch.Tensor
 
 
-def study(hessian: torch.Tensor, names: list[str], damping: float, seed: int = 0, allow_fallback: bool = False
+def study(hessian: torch.Tensor, names: list[str], damping: float, seed: int = 0, allow_fallback: bool = False, feedback: bool = True
           ) -> tuple[Turned, torch.Tensor]:  # fmt: skip
-    """Rotate Hessians [n, i, i] and factorise them; ``names`` for the error message. Also returns [n] which have no factor."""
+    """Rotate Hessians [n, i, i] and, for ``feedback``, factorise them; ``names`` for the error message. Also returns [n] which
+    have no factor although they should."""
     sign = signs(hessian.shape[-1], seed)
     turned = rotate(rotate(hessian, sign).transpose(1, 2), sign)
+    if not feedback:
+        return Turned(turned, None), torch.zeros(len(names), dtype=torch.bool)
     lower, fallen = lower_factors(turned, damping, names, allow_fallback)
     return Turned(turned, lower), fallen
 

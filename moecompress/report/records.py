@@ -67,21 +67,23 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 def stored_bytes(folder: Path, tensors: dict[str, dict[str, Any]]) -> dict[tuple[str, str], int]:
     """Bytes in the shards by (role, fate) of the input tensors they stand for; tensors that stand for none: "added"."""
-    owners = {name: (fate["role"], fate["fate"]) for name, fate in tensors.items()}
-    owners |= {fate["into"]: (fate["role"], fate["fate"]) for fate in tensors.values() if "into" in fate}
-    own: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)  # several where experts of a layer have different widths
+    kept = {name: (fate["role"], fate["fate"]) for name, fate in tensors.items()}
+    packed: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # module -> neurons of its thinner experts, "" for the others
     for fate in tensors.values():
         if "into" in fate:
-            own[fate["into"]][fate["role"], fate["fate"]] = None
+            packed[fate["into"]].setdefault(_first(r"slimmed to (\d+) of", fate["fate"]), (fate["role"], fate["fate"]))
     total: dict[tuple[str, str], int] = defaultdict(int)
     for shard in sorted(folder.glob("*.safetensors")):
         for name, entry in read_header(shard).items():
-            packed = name.partition(".packed.")[0] + ".packed"
-            thinner = re.search(r"_banks\.\w+w(\d+)\.", name)
-            known = [owner for owner in own.get(packed, ()) if (thinner is None) == ("slimmed" not in owner[1])
-                     and (thinner is None or f"slimmed to {thinner[1]} of" in owner[1])]  # fmt: skip
-            total[owners.get(name, known[0] if known else owners.get(packed, ("added", "marker")))] += entry.nbytes
+            owners = packed.get(name.partition(".packed.")[0] + ".packed", {"": ("added", "marker")})
+            owner = owners.get(_first(r"_banks\.\w+w(\d+)\.", name), next(iter(owners.values())))
+            total[kept.get(name, owner)] += entry.nbytes
     return dict(total)
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found[1] if found else ""
 
 
 def fates_by_role(records: Records) -> list[dict[str, Any]]:

@@ -1,18 +1,20 @@
-"""What policies that learn have in common: the model as it is, and its distance to itself while its experts are asked otherwise."""
+"""What policies that learn have in common: the model as it is, its distance to itself while its experts are asked otherwise, and the
+loop that makes it small."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from moecompress.errors import UserError
 from moecompress.model.experts import parameters_from
+from moecompress.progress import share_done
 from moecompress.runtime import seam
 from moecompress.runtime.loading import load
 from moecompress.runtime.packed import PackedExperts, PackedLinear
@@ -34,6 +36,67 @@ def distance(model: nn.Module, skipping: Mapping[str, Callable], ids: torch.Tens
     with asking(model, skipping):
         own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     return (known.exp() * (known - own)).sum(-1).mean()
+
+
+class Learner(Protocol):
+    """What is trained, a module for every layer, and what its loss is."""
+
+    modules: nn.ModuleList
+
+    def loss(self, ids: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what to make small, the `distance` in it), on ids [B, L]."""
+
+    def words(self) -> str:
+        """What there is to say of the last step but its distance."""
+
+
+class Schedule(Protocol):
+    """How long and how fast; batch: sequences a step."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    def rate_at(self, step: int) -> float: ...
+
+
+Learning = TypeVar("Learning", bound=Learner)
+
+
+def train(folder: Path, make: Callable[[nn.Module], Learning], ids: torch.Tensor, schedule: Schedule, label: str,
+          dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> tuple[Learning, list[float]]:  # fmt: skip
+    """Train what ``make`` makes for the model in ``folder``, packed or not, on token ids [N, L]; returns it, and the distance of each
+    step. The whole model is in memory with its experts unpacked. UserError if the distance is not finite."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no")
+    learner = make(frozen(folder, accelerator.device, dtype, trust_remote_code))
+    optimizer = torch.optim.AdamW(learner.modules.parameters(), lr=schedule.rate_at(0), weight_decay=0.0)
+    learner.modules, optimizer = accelerator.prepare(learner.modules, optimizer)
+    distances: list[float] = []
+    with torch.random.fork_rng(devices=[]), share_done(label) as show:
+        torch.manual_seed(schedule.seed)
+        for step in range(schedule.steps):
+            rows = torch.randperm(len(ids))[: schedule.batch]
+            loss, apart = learner.loss(ids[rows].to(accelerator.device), step)
+            distances.append(float(apart.detach()))
+            refuse_infinite(distances[-1], step)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate_at(step)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            show((step + 1) / schedule.steps, f"step {step + 1}, KL {distances[-1]:.4f}{learner.words()}")
+    learner.modules = accelerator.unwrap_model(learner.modules).cpu().requires_grad_(False)
+    return learner, distances
+
+
+def mean_of_tenth(values: Sequence[float], last: bool = True) -> float:
+    """The mean over the last tenth of the steps, or over the first."""
+    few = max(1, len(values) // 10)
+    return sum(values[-few:] if last else values[:few]) / few
 
 
 @contextmanager

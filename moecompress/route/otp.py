@@ -23,8 +23,7 @@ from torch import nn
 from moecompress.errors import UserError
 from moecompress.model.anatomy import top_k_of
 from moecompress.model.experts import layout_of
-from moecompress.progress import share_done
-from moecompress.route.learning import distance, frozen, refuse_infinite
+from moecompress.route.learning import distance, mean_of_tenth, train
 from moecompress.runtime.pruner import Pruner
 
 #: λ at the start, and its bounds: nats for all pairs.
@@ -42,6 +41,9 @@ class Training:
     temperature: tuple[float, float] = (2.0, 0.2)
     renormalise: bool = True
     seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        return self.rate
 
     def temperature_at(self, step: int) -> float:
         first, last = self.temperature
@@ -69,39 +71,35 @@ class Soft:
         return chosen, left.to(weights.dtype)
 
 
+class Masks:
+    """All layers' masks in training (a `Learner`)."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], training: Training):
+        self.model, self.layers, self.training = model, layers, training
+        self.modules = nn.ModuleList(_pruner(model, name) for name in layers)
+        self.sparsity, self.skipped = SPARSITY, list[float]()
+
+    def loss(self, ids: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(KL + λ · mean share of pairs kept, KL); and λ moves towards the share asked for."""
+        soft = [Soft(one, self.training.renormalise, self.training.temperature_at(step)) for one in self.modules]
+        apart = distance(self.model, dict(zip(self.layers, soft, strict=True)), ids)
+        kept = torch.stack([one.kept[-1] for one in soft]).mean()
+        loss = apart + self.sparsity * kept
+        self.skipped.append(1 - float(kept.detach()))
+        self.sparsity = min(max(self.sparsity * math.exp(self.training.share - self.skipped[-1]), SPARSITY_BOUNDS[0]), SPARSITY_BOUNDS[1])
+        return loss, apart
+
+    def words(self) -> str:
+        return f", {self.skipped[-1]:.1%} skipped"
+
+
 def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Training, dtype: torch.dtype | str = "auto",
           trust_remote_code: bool = False) -> tuple[dict[str, Pruner], dict[str, Any]]:  # fmt: skip
-    """Pruners of the experts modules ``layers`` of the model in ``folder``, packed or not, trained on token ids [N, L]; and a
-    record of the training. The whole model is in memory with its experts unpacked. UserError if the loss is not finite."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision="no")
-    model = frozen(folder, accelerator.device, dtype, trust_remote_code)
-    pruners = nn.ModuleList(_pruner(model, name) for name in layers)
-    optimizer = torch.optim.AdamW(pruners.parameters(), lr=training.rate, weight_decay=0.0)
-    pruners, optimizer = accelerator.prepare(pruners, optimizer)
-    soft = [Soft(one, training.renormalise) for one in pruners]
-    sparsity, losses, shares = SPARSITY, [], []
-    with torch.random.fork_rng(devices=[]), share_done("masks") as show:
-        torch.manual_seed(training.seed)
-        for step in range(training.steps):
-            rows = torch.randperm(len(ids))[: training.batch]
-            loss, kept = _losses(model, layers, soft, ids[rows].to(accelerator.device), training.temperature_at(step))
-            refuse_infinite(float(loss.detach()), step)
-            accelerator.backward(loss + sparsity * kept)
-            optimizer.step()
-            optimizer.zero_grad()
-            shares.append(1 - float(kept.detach()))
-            losses.append(float(loss.detach()))
-            sparsity = min(max(sparsity * math.exp(training.share - shares[-1]), SPARSITY_BOUNDS[0]), SPARSITY_BOUNDS[1])
-            show((step + 1) / training.steps, f"step {step + 1}, KL {losses[-1]:.4f}, {shares[-1]:.1%} skipped")
-    last = slice(-max(1, training.steps // 10), None)
-    record = {"steps": training.steps, "share": training.share, "kl": _mean(losses[last]), "skipped": _mean(shares[last]), "sparsity": sparsity}
-    return {name: one.cpu().requires_grad_(False) for name, one in zip(layers, accelerator.unwrap_model(pruners), strict=True)}, record
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    """Pruners of the experts modules ``layers`` of the model in ``folder``, and a record of the training; see `learning.train`."""
+    masks, losses = train(folder, lambda model: Masks(model, layers, training), ids, training, "masks", dtype, trust_remote_code)
+    record = {"steps": training.steps, "share": training.share, "kl": mean_of_tenth(losses), "skipped": mean_of_tenth(masks.skipped),
+              "sparsity": masks.sparsity}  # fmt: skip
+    return dict(zip(layers, masks.modules, strict=True)), record
 
 
 def _pruner(model: nn.Module, name: str) -> Pruner:
@@ -110,12 +108,3 @@ def _pruner(model: nn.Module, name: str) -> Pruner:
         raise UserError("otp needs a choice of experts to keep", expected="a model with 2 or more experts per token", got=top_k,
                         remedy="choose another policy")  # fmt: skip
     return Pruner(layout_of(model.get_submodule(name)).hidden, top_k)
-
-
-def _losses(model: nn.Module, layers: Sequence[str], soft: Sequence[Soft], ids: torch.Tensor, temperature: float
-            ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(KL in nats a token of the model waking all experts ‖ with masks drawn, mean share of pairs kept), on ids [B, L]."""
-    for one in soft:
-        one.temperature, one.kept = temperature, []
-    loss = distance(model, dict(zip(layers, soft, strict=True)), ids)
-    return loss, torch.stack([one.kept[-1] for one in soft]).mean()

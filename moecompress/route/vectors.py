@@ -22,8 +22,7 @@ from torch import nn
 
 from moecompress.errors import UserError
 from moecompress.model.experts import layout_of
-from moecompress.progress import share_done
-from moecompress.route.learning import distance, frozen, refuse_infinite
+from moecompress.route.learning import distance, mean_of_tenth, train
 from moecompress.runtime.skipping import Rule, Skipper
 from moecompress.runtime.vectors import Vectors
 
@@ -55,35 +54,27 @@ def main_experts(top_k: int | None, main: int | None) -> int:
     return (top_k + 1) // 2 if main is None else main
 
 
+class Standing:
+    """All layers' vectors in training (a `Learner`)."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], training: Training):
+        self.model, self.layers, self.training = model, layers, training
+        self.modules = nn.ModuleList(Vectors.of(layout_of(model.get_submodule(name))) for name in layers)
+
+    def loss(self, ids: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        apart = distance(self.model, few_experts(self.model, dict(zip(self.layers, self.modules, strict=True)), self.training), ids)
+        return apart, apart
+
+    def words(self) -> str:
+        return ""
+
+
 def learn(folder: Path, layers: Sequence[str], ids: torch.Tensor, training: Training, dtype: torch.dtype | str = "auto",
           trust_remote_code: bool = False) -> tuple[dict[str, Vectors], dict[str, Any]]:  # fmt: skip
-    """Vectors for the experts modules ``layers`` of the model in ``folder``, packed or not, trained on token ids [N, L]; and a
-    record of the training. The whole model is in memory with its experts unpacked. UserError if the loss is not finite."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision="no")
-    model = frozen(folder, accelerator.device, dtype, trust_remote_code)
-    vectors = nn.ModuleList(Vectors.of(layout_of(model.get_submodule(name))) for name in layers)
-    optimizer = torch.optim.AdamW(vectors.parameters(), lr=training.rate, weight_decay=0.0)
-    vectors, optimizer = accelerator.prepare(vectors, optimizer)
-    losses: list[float] = []
-    with torch.random.fork_rng(devices=[]), share_done("vectors") as show:
-        torch.manual_seed(training.seed)
-        for step in range(training.steps):
-            rows = torch.randperm(len(ids))[: training.batch]
-            asked = few_experts(model, dict(zip(layers, vectors, strict=True)), training)
-            loss = distance(model, asked, ids[rows].to(accelerator.device))
-            losses.append(float(loss.detach()))
-            refuse_infinite(losses[-1], step)
-            for group in optimizer.param_groups:
-                group["lr"] = training.rate_at(step)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            show((step + 1) / training.steps, f"step {step + 1}, KL {losses[-1]:.4f}")
-    few = max(1, training.steps // 10)
-    record = {"steps": training.steps, "main": training.main, "kl_first": sum(losses[:few]) / few, "kl": sum(losses[-few:]) / few}
-    return {name: rounded(one) for name, one in zip(layers, accelerator.unwrap_model(vectors), strict=True)}, record
+    """Vectors for the experts modules ``layers`` of the model in ``folder``, and a record of the training; see `learning.train`."""
+    vectors, losses = train(folder, lambda model: Standing(model, layers, training), ids, training, "vectors", dtype, trust_remote_code)
+    record = {"steps": training.steps, "main": training.main, "kl_first": mean_of_tenth(losses, last=False), "kl": mean_of_tenth(losses)}
+    return {name: rounded(one) for name, one in zip(layers, vectors.modules, strict=True)}, record
 
 
 def rounded(vectors: Vectors) -> Vectors:

@@ -8,7 +8,6 @@ colon is kept: experts of every layer, or neurons of every expert. "plain" merge
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from texts import parser, read  # beside this file
 
 DROPS = ["reap", "ean", "naee", "frequency", "random"]
 MERGES = ["hc-smoe", "ream", "m-smoe", "m-smoe-plain", "ream-plain"]
@@ -26,25 +26,8 @@ METHODS = [f"{method}:{keep}" for keep in (0.75, 0.5) for method in DROPS + MERG
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--only", nargs="+", default=METHODS)
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--evaluate", type=int, default=32, help="evaluation sequences")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    from moecompress.calibrate.data import token_batches
-    from moecompress.evaluate.divergence import trace
-    from moecompress.model.skeleton import load_tokenizer
-    from moecompress.model.walk import OpenModel
-
-    tokenizer = load_tokenizer(given.model)
-    tokens = token_batches(tokenizer, given.calibration, given.sequences + 4, given.length)
-    unseen = list(token_batches(tokenizer, given.evaluation, given.evaluate, given.length).ids.split(1))
-    reference = trace(OpenModel(given.model, torch.float32), unseen, "original on unseen text")
+    given = parser(__doc__, METHODS, 32).parse_args()
+    tokens, unseen, reference = read(given)
     rows = []
     if not given.json:
         print("| method | kept | KL | perplexity | top-1 | seconds |\n|---|---:|---:|---:|---:|---:|", flush=True)

@@ -13,7 +13,6 @@ that of its codes, by the number of matrices that have them ("≈": not measured
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
@@ -23,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from texts import parser, read  # beside this file
 
 METHODS = ["t0_5", "t0_75", "d0_7", "d0_8", "d1", "t1", "t1_5", "t2", "t2_5", "t3", "t4", "sign", "ternary", "v2", "b2g64a", "b2g64a_o1",
            "b3g64a", "b4g64a", "plan:1", "joint:1", "every:1", "plan:1.5", "joint:1.5", "plan:2", "joint:2", "plan:2.5"]  # fmt: skip
@@ -30,27 +30,10 @@ TRELLIS = ["t0_5", "t0_75", "t1", "t1_25", "t1_5", "t2", "t2_5", "t3", "t4"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--only", nargs="+", default=METHODS)
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--evaluate", type=int, default=64, help="evaluation sequences")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--set", dest="changes", action="append", default=[], help="of the recipe, for all codes: quantize.refine=0")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    from moecompress.calibrate.data import token_batches
-    from moecompress.model.skeleton import load_tokenizer
-
-    tokenizer = load_tokenizer(given.model)
-    tokens = token_batches(tokenizer, given.calibration, given.sequences + 4, given.length)
-    unseen = token_batches(tokenizer, given.evaluation, given.evaluate, given.length).ids
-    from moecompress.evaluate.divergence import trace
-    from moecompress.model.walk import OpenModel
-
-    reference = trace(OpenModel(given.model, torch.float32), list(unseen.split(1)), "original on unseen text")
+    options = parser(__doc__, METHODS, 64)
+    options.add_argument("--set", dest="changes", action="append", default=[], help="of the recipe, for all codes: quantize.refine=0")
+    given = options.parse_args()
+    tokens, unseen, reference = read(given)
     decoding = decode_times(given.only)
     rows = []
     if not given.json:
@@ -65,7 +48,7 @@ def main() -> None:
         print(json.dumps(rows))
 
 
-def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work: Path, changes: list[str],
+def run(model: Path, method: str, tokens, unseen: list[torch.Tensor], reference, work: Path, changes: list[str],
         decoding: dict[str, float]) -> dict:  # fmt: skip
     from moecompress import pipeline, plans
     from moecompress.recipe import recipe_from
@@ -86,7 +69,7 @@ def run(model: Path, method: str, tokens, unseen: torch.Tensor, reference, work:
     record = pipeline.build(job, statistics, chosen, work / "built", "plan")
     seconds = time.perf_counter() - start
     out = work / "built" / "out"
-    measured = pipeline.load_and_measure(out, list(unseen.split(1)), reference, torch.float32).summary()
+    measured = pipeline.load_and_measure(out, unseen, reference, torch.float32).summary()
     codes = Counter(choice.candidate.partition("w")[0] for choice in chosen.choices)  # "t2w192": 192 neurons are left
     one_token = sum(count * decoding.get(code, 0.0) for code, count in codes.items()) / len(chosen.choices)  # left out: nothing to do
     result = {"method": method, "codes": codes, "microseconds_per_token": one_token,

@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 
 from moecompress.calibrate.capture import Capture
 from moecompress.calibrate.moments import entering_down, expert_moments
+from moecompress.calibrate.thinner import thinned
 from moecompress.model.experts import layout_of, projections
 
 E, D, M, T, K = 4, 12, 8, 60, 2
@@ -58,12 +59,28 @@ def test_drifts_against_a_loop(experts, streams, prior, chunk):
             x_off, count = mean(capture, e, capture.hidden, original - capture.hidden)
             now = silu(capture.hidden @ rounded["gate"][e].T) * (capture.hidden @ rounded["up"][e].T)
             before = silu(original @ weights["gate"][e].T) * (original @ weights["up"][e].T)
-            a_off, _ = mean(capture, e, now, before - now)
+            a_off, _ = mean(capture, e, now, (before - now) @ weights["down"][e].T)
             share = {"input": count / (count + prior * D), "inner": count / (count + prior * M)}
             assert torch.allclose(after.drift["input"][i].double(), share["input"] * x_off, atol=1e-4)
             assert torch.allclose(after.drift["inner"][i].double(), share["inner"] * a_off, atol=1e-3)
             if prior == 0.0:
                 assert torch.allclose(after.hessians["inner"][i].double(), mean(capture, e, now, now)[0], atol=1e-3)
+
+
+def test_thinner_experts_lack_what_their_other_neurons_gave(experts, streams):
+    (capture, original), layout = streams, layout_of(experts)
+    weights = {name: tensor.float() for name, tensor in projections(experts, layout).items()}
+    rounded = {name: (4 * tensor).round() / 4 for name, tensor in weights.items()}
+    (part,) = expert_moments(experts, layout, capture, "g2", 0.0, E, sensitivity=True, original=original)
+    thin, _ = next(thinned(part.take([0, 1, 2]), [M // 2], 0.01, "experts"))
+    after = entering_down(experts, layout, capture, thin, {name: tensor[:3] for name, tensor in rounded.items()}, original, "g2", 0.0)
+    for e in range(3):
+        now = (silu(capture.hidden @ rounded["gate"][e].T) * (capture.hidden @ rounded["up"][e].T))[:, thin.keep[e]]
+        before = silu(original @ weights["gate"][e].T) * (original @ weights["up"][e].T)
+        lacking, _ = mean(capture, e, now, before @ weights["down"][e].T - now @ thin.weights["down"][e].T)
+        assert torch.allclose(after.drift["inner"][e].double(), lacking, atol=1e-3)
+        assert torch.allclose(after.hessians["inner"][e].double(), mean(capture, e, now, now)[0], atol=1e-3)
+        assert torch.equal(after.drift["input"][e], part.drift["input"][e])
 
 
 def test_no_drift_where_nothing_changed(experts, streams):

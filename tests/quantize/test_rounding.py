@@ -151,15 +151,17 @@ def test_gaussian_distortion_at_two_and_three_bits():
         )
 
 
-def test_expected_error_ranks_and_predicts_what_gptq_does():
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_expected_error_ranks_and_predicts_what_rounding_does(method):
     weights, hessian = problem(experts=6, rows=40, cols=64, seed=5)
     weights = weights * torch.logspace(-1, 1, 6)[:, None, None]
+    settings = Settings(method=method)
     schemes = [Scheme(2, 32), Scheme(3, 32), Scheme(4, 32), Scheme(16)]
     names = list("abcdef")
-    inputs = study(hessian, names, Settings())
-    predicted = expected_error(weights, inputs, torch.ones(6, 40), schemes, Settings())
+    inputs = study(hessian, names, settings)
+    predicted = expected_error(weights, inputs, torch.ones(6, 40), schemes, settings)
     for c, scheme in enumerate(schemes[:3]):
-        encoded = encode(weights, inputs, scheme, Settings())
+        encoded = encode(weights, inputs, scheme, settings)
         whole = gptq.row_errors(weights, hessian, torch.zeros(())).sum(-1)
         ratio = (encoded.error * whole).double() / predicted[:, c]
         assert float(ratio.min()) > 0.65 and float(ratio.max()) < 1.5 and float(ratio.max() / ratio.min()) < 1.35

@@ -8,42 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed import Made, assert_measured, log_probs, make, plain, recipe_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from moecompress import pipeline, plans
 from moecompress.errors import UserError
 from moecompress.recipe import recipe_from
 
-SMALL = ["calibration.sequences=6", "calibration.length=48", "calibration.heldout=2", "compute.micro_batch=2", "compute.dtype=float32"]
 BASED = [{"code": "shared-basis", "bits": 4, "rank": 0.5}, {"code": "shared-basis", "bits": 8, "rank": 0.9}]
-IDS = torch.arange(40)[None]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_model, text_file) -> tuple[Path, pipeline.Result, pipeline.Job]:
+def made(tmp_path_factory, tiny_model, text_file) -> Made:
     """Every matrix has a shared basis, of one of two ranks."""
-    out = tmp_path_factory.mktemp("bases") / "out"
-    recipe = recipe_from([*SMALL, f"calibration.text={json.dumps(str(text_file))}", "allocate.compare=none", "target.bits=7.5",
-                          f"allocate.candidates={json.dumps(BASED)}"])  # fmt: skip
-    job = pipeline.make_job(str(tiny_model), recipe)
-    return out, pipeline.quantize(job, out), job
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return torch.log_softmax(model(ids).logits, -1)
+    return make(tiny_model, tmp_path_factory.mktemp("bases") / "out", recipe_of(text_file, BASED, "target.bits=7.5"))
 
 
 def test_what_was_written_measures_the_same_in_transformers(made, tiny_model):
-    out, result, job = made
-    original, loaded = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (tiny_model, out))
-    kl = [float((p.exp() * (p - logits(loaded, ids))).sum(-1).mean()) for ids in job.heldout for p in [logits(original, ids)]]
-    assert sum(kl) / len(kl) == pytest.approx(result.measured["plan"]["kl_mean"], rel=0.02)
+    assert_measured(made, tiny_model)
 
 
 def test_bytes_are_those_that_were_priced(made):
-    out, result, job = made
+    out, result, job = made.folder, made.result, made.job
     names = {choice.candidate for choice in result.plan.choices}
     assert names == {"sb500b4g64s", "sb900b8g64s"} and result.manifest["bits_per_weight"] <= 7.5
     tensors = {name: tensor for shard in out.glob("model-layer-*") for name, tensor in load_file(shard).items() if "_banks." in name}
@@ -56,10 +42,9 @@ def test_bytes_are_those_that_were_priced(made):
 @pytest.mark.parametrize("target", ["target.bits=6.5", "target.bits=8", "target.size=420000", "target.size=500000"])
 def test_no_plan_is_larger_than_its_target(made, tiny_model, target):
     """Bases are a third of what all matrices of this model weigh."""
-    _, result, job = made
     recipe = recipe_from([target, f"allocate.candidates={json.dumps(BASED)}", "calibration.heldout=2", "allocate.drop=false"])
-    job = pipeline.make_job(str(tiny_model), recipe, tokens=job.tokens)
-    for plan in plans.plan(job, result.statistics):
+    job = pipeline.make_job(str(tiny_model), recipe, tokens=made.job.tokens)
+    for plan in plans.plan(job, made.result.statistics):
         if recipe.target.size is not None:
             assert plans.written_bytes(job, plan) <= recipe.target.size
         else:
@@ -70,22 +55,21 @@ def test_no_plan_is_larger_than_its_target(made, tiny_model, target):
 
 def test_predictions_hold(made):
     """Made with bases of all experts; what was written has bases of those that use them."""
-    manifest = json.loads((made[0] / "moecompress" / "manifest.json").read_text())
+    manifest = json.loads((made.folder / "moecompress" / "manifest.json").read_text())
     ratio = manifest["prediction"]["ratio"]
     assert set(ratio) == {"sb500b4g64s", "sb900b8g64s"} and all(0.6 < value < 1.5 for value in ratio.values())
 
 
 def test_saved_again_and_exported_it_says_the_same(made, tmp_path, moecompress):
-    out, _, _ = made
-    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    loaded = plain(made.folder)
     loaded.save_pretrained(tmp_path / "again")
-    assert moecompress("export", out, "-o", tmp_path / "dense", "--dtype", "float32").code == 0
+    assert moecompress("export", made.folder, "-o", tmp_path / "dense", "--dtype", "float32").code == 0
     for folder in (tmp_path / "again", tmp_path / "dense"):
-        assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)), logits(loaded), atol=1e-3)
+        assert torch.allclose(log_probs(plain(folder)), log_probs(loaded), atol=1e-3)
 
 
 def test_a_basis_that_is_no_number_is_refused(made, tmp_path, moecompress):
-    folder = Path(shutil.copytree(made[0], tmp_path / "packed"))
+    folder = Path(shutil.copytree(made.folder, tmp_path / "packed"))
     (folder / "moecompress" / "manifest.json").unlink()  # as in a folder saved again: only the content can tell
     shard = sorted(folder.glob("model-layer-*"))[0]
     tensors = load_file(shard)
@@ -93,6 +77,6 @@ def test_a_basis_that_is_no_number_is_refused(made, tmp_path, moecompress):
     tensors[name][1] = torch.nan
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(UserError, match="'basis_row_scales'"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        plain(folder)
     ran = moecompress("run", folder, "--prompt", "The", "-n", 1)
     assert ran.code == 2 and "basis_row_scales" in ran.err and "Traceback" not in ran.err
