@@ -20,6 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each test process and 
 
 #: Calibration small enough for a test: enough for every stage to have work, not enough for good statistics.
 SMALL = ["calibration.sequences=6", "calibration.length=48", "calibration.heldout=2", "compute.micro_batch=2"]
+#: Integers are rounded in half the time of the trellis's rates; where these matter, tests ask for them.
+INTEGERS = "allocate.candidates=[{bits: 2}, {bits: 3}, {bits: 4}, {bits: 8, group: 128}, {bits: 16}]"
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +133,7 @@ def moecompress() -> Iterator[Callable[..., Ran]]:
 @pytest.fixture(scope="session")
 def quick(text_file: Path) -> list[str]:
     """Options for a calibration of a second."""
-    return ["--text", str(text_file), *(part for change in SMALL for part in ("--set", change))]
+    return ["--text", str(text_file), *(part for change in [*SMALL, INTEGERS] for part in ("--set", change))]
 
 
 @pytest.fixture(scope="session")

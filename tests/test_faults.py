@@ -261,7 +261,7 @@ def test_a_dense_model_is_refused(tmp_path, moecompress, quick, tokenizer_folder
 @pytest.mark.parametrize("target, words", [
     (["--target-size", "200kB"], ["cannot be reached", "200,000 bytes", "at least"]),
     (["--target-bits", 0.1], ["cannot be reached", "bits per expert weight", "0.1"]),
-    (["--target-bits", 1.5, "--set", "allocate.drop=false"], ["cannot be reached", "bits per expert weight", "1.5"]),
+    (["--target-bits", 1.5, "--set", "allocate.drop=false", "--set", "allocate.slim=false"], ["cannot be reached", "bits per expert weight", "1.5"]),
     (["--target-size", "80 parsecs"], ["not a size", "14GB"]),
     (["--target-size", "-3MB"], ["not a size"]),
     (["--target-bits", 0], ["target.bits"]),

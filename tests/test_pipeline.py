@@ -14,10 +14,12 @@ from moecompress.recipe import Recipe, load_recipe, recipe_from
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALL = ["calibration.sequences=6", "calibration.length=48", "calibration.heldout=2", "compute.micro_batch=2"]
+INTEGERS = "allocate.candidates=[{bits: 2}, {bits: 3}, {bits: 4}, {bits: 8, group: 128}, {bits: 16}]"
 
 
 def job_of(model: Path, text: Path, *changes: str) -> pipeline.Job:
-    return pipeline.make_job(str(model), recipe_from([*SMALL, f"calibration.text={json.dumps(str(text))}", *changes]))
+    """With integers as candidates, if no others are among the changes."""
+    return pipeline.make_job(str(model), recipe_from([*SMALL, INTEGERS, f"calibration.text={json.dumps(str(text))}", *changes]))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -69,24 +71,33 @@ def test_bit_target_and_granularity(tiny_model, text_file, tmp_path, granularity
     assert result.chosen == min(measured, key=lambda label: measured[label])
 
 
-TRELLIS, WIDE = ["t0_5", "t1", "t1_5", "t2", "t2_5", "t3", "t4"], ["b8g128s", "b16"]
-INTEGERS = ["b2g64s", "b3g64s", "b4g64s"]
+TRELLIS, PLAIN, WIDE = ["t0_5", "t1", "t1_5", "t2", "t2_5", "t3", "t4"], ["b2g64s", "b3g64s", "b4g64s"], ["b8g128s", "b16"]
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
-    ([], TRELLIS), (["allocate.allocator=pmq"], INTEGERS), (["quantize.method=rtn"], INTEGERS), (["allocate.allocator=uniform"], TRELLIS),
+    ([], TRELLIS), (["allocate.allocator=pmq"], PLAIN), (["quantize.method=rtn"], PLAIN), (["allocate.allocator=uniform"], TRELLIS),
 ])  # fmt: skip
 def test_candidates_where_none_are_named(tiny_model, text_file, changes, expected):
-    job = job_of(tiny_model, text_file, "target.bits=3", *changes)
+    job = job_of(tiny_model, text_file, "target.bits=3", "allocate.candidates=null", *changes)
     assert [scheme.name for scheme in job.schemes] == [*expected, *WIDE] and not job.without_trellis
 
 
 def test_integers_where_the_trellis_cannot_be_encoded(tiny_model, quick, tmp_path, moecompress, monkeypatch):
     monkeypatch.setattr("moecompress.kernels.trellis.available", lambda: False)
-    ran = moecompress("quantize", tiny_model, "-o", tmp_path / "out", "--target-bits", 3.5, *quick)
+    ran = moecompress("quantize", tiny_model, "-o", tmp_path / "out", "--target-bits", 3.5, *quick, "--set", "allocate.candidates=null")
     assert ran.code == 0 and "the candidates are integers" in ran.err
     record = json.loads((tmp_path / "out" / "moecompress" / "manifest.json").read_text())
-    assert record["candidates"] == [*INTEGERS, *WIDE] and record["without_trellis"]
+    assert record["candidates"] == [*PLAIN, *WIDE] and record["without_trellis"]
+
+
+def test_everything_by_default(tiny_model, text_file, tmp_path):
+    """Where nothing is chosen but a target: rates of the trellis, and experts that are thinner or left out where that is better."""
+    recipe = recipe_from([*SMALL, f"calibration.text={json.dumps(str(text_file))}", "target.bits=1.9"])
+    result = pipeline.quantize(pipeline.make_job(str(tiny_model), recipe), tmp_path / "out")
+    assert result.manifest["bits_per_weight"] <= 1.9 and not result.manifest["without_trellis"]
+    assert {choice.candidate[0] for choice in result.plan.choices} >= {"t"} and result.statistics.narrowed and result.statistics.thinned
+    measured = {label: row["kl_mean"] for label, row in result.measured.items() if not label.startswith("plan_minus")}
+    assert "uniform" in measured and result.chosen == min(measured, key=lambda label: measured[label])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

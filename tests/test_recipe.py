@@ -68,7 +68,7 @@ def test_every_recipe_loads_says_its_name_and_survives_a_round_trip(path: Path, 
     assert recipe.name == path.stem
     again = load_recipe(written(tmp_path, recipe.to_yaml()))
     assert again == recipe and again.fingerprint() == recipe.fingerprint()
-    for candidate in recipe.allocate.candidates:
+    for candidate in recipe.allocate.candidates or ():
         spec = Candidate(candidate.bits, candidate.group, candidate.symmetric, candidate.code, candidate.outliers, candidate.shares)
         assert Candidate.parse(spec.name) == spec
     header = path.read_text(encoding="utf-8").split("name:")[0]
@@ -114,7 +114,7 @@ def test_steps(tmp_path: Path) -> None:
 def test_defaults() -> None:
     recipe = recipe_from()
     assert recipe == Recipe()
-    assert [(c.bits, c.group) for c in recipe.allocate.candidates] == [(2, 64), (3, 64), (4, 64), (8, 128), (16, 0)]
+    assert recipe.allocate.candidates is None  # tests/test_pipeline.py says what that stands for
     assert recipe.target.bits is None and recipe.target.size is None
 
 

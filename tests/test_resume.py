@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from test_pipeline import INTEGERS
 
 START = "import sys; from moecompress.cli import main; sys.argv = ['moecompress', *sys.argv[1:]]; main()"
 
 
 def command(model: Path, out: Path, text: Path) -> list[str]:
-    settings = ["calibration.sequences=10", "calibration.length=96", "calibration.heldout=2", "compute.micro_batch=2"]
+    settings = ["calibration.sequences=10", "calibration.length=96", "calibration.heldout=2", "compute.micro_batch=2", INTEGERS]
     return [sys.executable, "-c", START, "quantize", str(model), "-o", str(out), "--target-bits", "3.6", "--text", str(text),
             *(part for setting in settings for part in ("--set", setting))]  # fmt: skip
 

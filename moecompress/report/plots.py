@@ -108,7 +108,8 @@ def errors(errors: Mapping[str, Mapping[int, Sequence[float]]], statistics: Stat
             grid[0].vlines(x + shift, low, high, color=color, alpha=0.35, linewidth=3)
             grid[0].plot(x + shift, middle, "o", color=color, markersize=4, label=kind)
         grid[0].set(yscale="log", title="relative output error: every matrix (bar) and their median (dot)")
-        grid[0].legend(frameon=False, ncols=len(errors), loc="upper left", bbox_to_anchor=(0, -0.02), fontsize=8)
+        if errors:  # nothing was rounded otherwise
+            grid[0].legend(frameon=False, ncols=len(errors), loc="upper left", bbox_to_anchor=(0, -0.02), fontsize=8)
         grid[1].bar(list(statistics.layers), [s.sensitivity for s in statistics.layers.values()], 0.6, color=COLORS[0])
         grid[1].set_title("sensitivity: nats of final KL for a unit of squared error of the experts' output")
         for label, color in zip(router, COLORS, strict=False):

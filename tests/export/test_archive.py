@@ -19,8 +19,9 @@ def contents(folder: Path) -> dict[str, str]:
 def packed(tmp_path_factory, tiny_model, quick, moecompress) -> Path:
     """Words of a dictionary and, since the target has room for some, five trits a byte."""
     folder = tmp_path_factory.mktemp("dictionary") / "out"
-    ran = moecompress("quantize", tiny_model, "-o", folder, "--target-bits", 2.1, *quick, "--set", "quantize.refine=0", "--set", "allocate.drop=false", "--set",
-                      "allocate.candidates=[{code: dictionary, bits: 0.8}, {code: ternary}]", "--set", "allocate.compare=none")  # fmt: skip
+    changes = ["quantize.refine=0", "allocate.drop=false", "allocate.slim=false", "allocate.compare=none",
+               "allocate.candidates=[{code: dictionary, bits: 0.8}, {code: ternary}]"]  # fmt: skip
+    ran = moecompress("quantize", tiny_model, "-o", folder, "--target-bits", 2.1, *quick, *(word for change in changes for word in ("--set", change)))
     assert ran.code == 0, ran.err
     return folder
 
