@@ -37,6 +37,10 @@ SIZE_SLACK, SIZE_ROUNDS = 0.001, 6
 #: Above so many bits a weight, dropping experts has never been worth it, so "auto" does not measure it.
 DROP_BELOW = 2.25
 
+#: Where experts may become thinner, leaving some out must be predicted to do so much less harm than that alone: on a small trained
+#: model 2 % less were predicted, and 2 to 4 % more measured.
+LEFT_OUT_GAIN = 0.05
+
 
 def plan(job: Job, statistics: Statistics) -> tuple[Plan, Plan]:
     """The recipe's plan and the uniform plan of the same bytes."""
@@ -83,6 +87,10 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
         assert budget_bytes is not None
         return joint_plan(units, every, every_harm, ladder, budget_bytes - tables, settings, seed)
 
+    def all_kept(budget_bytes: int | None) -> Plan:
+        assert budget_bytes is not None
+        return joint_plan(units, every, every_harm, every_expert(statistics), budget_bytes, settings, seed)
+
     def as_wide(budget_bytes: int | None) -> Plan:
         assert budget_bytes is not None
         return joint_plan(units, candidates, harm, ladder, budget_bytes - tables, settings, seed)
@@ -98,6 +106,9 @@ def plan_and_others(job: Job, statistics: Statistics) -> tuple[Plan, dict[str, P
     books = shared_bytes(job.opened.anatomy, statistics.schemes)
     others: dict[str, Plan] = {}
     made = made_by(jointly, joint_budget) if joint else made_by(bits_alone)
+    if made.dropped and slimming and joint_budget is not None and joint_budget >= smallest_joint(units, every, every_harm, every_expert(statistics)):
+        kept = made_by(all_kept, joint_budget)
+        made = kept if kept.harm <= (1 + LEFT_OUT_GAIN) * made.harm else made
     if made.slimmed and dropping and budget is not None and budget >= smallest_joint(units, candidates, harm, ladder) + tables:
         others["whole"] = made_by(as_wide)
         if others["whole"].harm <= made.harm:

@@ -518,7 +518,7 @@ class RepairRecipe(_Section):
     router: bool = False
     steps: Count = 100
     #: highest learning rate
-    rate: Number = 1e-3
+    rate: Number = 1e-4
     #: sequences of a step
     batch: Count = 8
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -73,19 +75,24 @@ def _dense_expert_bytes(opened: OpenModel) -> int:
 
 def decode_speed(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Tokens per second of decoding one token at a time behind a short prompt: the first of the token ids [L]."""
+    steps = decoding(model, ids)
+    return 1 / median(next(steps) for _ in track(range(DECODE_TOKENS), "decode speed"))
+
+
+def decoding(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[float]:
+    """Seconds of each further token; see `decode_speed`."""
     prompt = ids[None, :32]
     name, read = "input_ids", {}
     with torch.no_grad():
         if model.config.is_encoder_decoder:  # it reads the prompt once, and decodes behind it
             name, read = "decoder_input_ids", {"encoder_outputs": model.get_encoder()(input_ids=prompt)}
         past = model(**{name: prompt}, **read, use_cache=True)
-        seconds = []
-        for _ in track(range(DECODE_TOKENS), "decode speed"):
-            start = time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        with torch.no_grad():
             last = past.logits[:, -1:].argmax(-1)
             past = model(**{name: last}, **read, past_key_values=past.past_key_values, use_cache=True)
-            seconds.append(time.perf_counter() - start)
-    return 1 / float(torch.tensor(seconds).median())
+        yield time.perf_counter() - start
 
 
 def peak_memory() -> int:
