@@ -157,7 +157,8 @@ def test_equal_layers_are_an_ordinary_checkpoint(tiny_model, text_file, tmp_path
     whole = plans.ladder_of
     last = lambda levels: [level for level in levels if not level.shared][-1:]  # noqa: E731
     monkeypatch.setattr(plans, "ladder_of", lambda s: {layer: last(levels) for layer, levels in whole(s).items()})
-    job = job_of(tiny_model, text_file, "target.bits=2", "allocate.candidates=[{bits: 3, group: 32}]", "allocate.drop=true", "allocate.compare=none")
+    job = job_of(tiny_model, text_file, "target.bits=2", "allocate.candidates=[{bits: 3, group: 32}]", "allocate.drop=true", "allocate.slim=false",
+                 "allocate.compare=none")  # fmt: skip
     pipeline.quantize(job, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_local_experts" if "num_local_experts" in config else "num_experts"] == 3

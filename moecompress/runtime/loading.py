@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moecompress.errors import UserError
 from moecompress.model.anatomy import rehearse
 from moecompress.model.checkpoint import read_config, read_header, sha256_file
-from moecompress.model.experts import resolve
+from moecompress.model.experts import find_experts, resolve
 from moecompress.model.skeleton import Loader
 from moecompress.model.switch import adapt
 from moecompress.pack import nested
@@ -51,8 +51,12 @@ def install(model: nn.Module, config: MoecompressConfig) -> None:
     model.config._is_quantized = True  # as in from_pretrained: Jamba rounds differently then
     if config.fewer:
         thin_out(model, config.fewer)
+    known = {name for name, _ in find_experts(model)}
     for name, contents in config.experts.items():
         name = resolve(model, name)
+        if name not in known:
+            raise UserError(f"config.json says that {name} holds packed experts", expected=", ".join(sorted(known)) or "experts in the model",
+                            got=type(model.get_submodule(name)).__name__, remedy="copy or compress the folder again")  # fmt: skip
         module: Any = model.get_submodule(name)
         pack_experts_in_place(module, contents, dtype, config.rotation_seed, config.load_bits)
         # Some families initialise the experts from the block around them, and would miss the weights that went.

@@ -20,7 +20,7 @@ CANDIDATES = ("[{bits: 2, symmetric: false}, {bits: 2, symmetric: false, outlier
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model, moecompress, quick) -> Path:
     out = tmp_path_factory.mktemp("outliers") / "out"
-    ran = moecompress("quantize", tiny_model, "-o", out, "--target-bits", 3.2, "--set", f"allocate.candidates={CANDIDATES}", *quick)
+    ran = moecompress("quantize", tiny_model, "-o", out, "--target-bits", 3.2, *quick, "--set", f"allocate.candidates={CANDIDATES}")
     assert ran.code == 0, ran.err
     return out
 

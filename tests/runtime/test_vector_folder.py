@@ -24,7 +24,7 @@ CANDIDATES = "[{bits: 2}, {bits: 4}, {code: vector, bits: 2}, {code: vector, bit
 def folder(tmp_path_factory, tiny_model, moecompress, quick) -> Path:
     out = tmp_path_factory.mktemp("vectors") / "out"
     options = ["--set", f"allocate.candidates={CANDIDATES}", "--set", "quantize.refine=0", "--set", "allocate.compare=none", "--set", "allocate.drop=false"]
-    ran = moecompress("quantize", tiny_model, "-o", out, "--target-bits", 3.2, *options, *quick)
+    ran = moecompress("quantize", tiny_model, "-o", out, "--target-bits", 3.2, *quick, *options)
     assert ran.code == 0, ran.err
     return out
 
